@@ -1,0 +1,1 @@
+"""What users type: one command group a file; console.py is the one place that prints."""

@@ -1,0 +1,1 @@
+"""Peers find each other: identity, membership, signed records, a hardened Kademlia on trio. Knows nothing of jobs."""

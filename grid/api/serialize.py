@@ -1,0 +1,512 @@
+"""Segments: the pickled arguments or results of a short run of tasks, and how functions and exceptions travel.
+
+Rules this file keeps:
+
+- the plain C pickler first, cloudpickle only where it fails or would name something of `__main__`, which no other
+  process has;
+- each object is frozen when it is added: a task or generator may reuse it afterwards. Only scalars go in batches;
+- buffers of OUT_OF_BAND_BYTES or more lie outside the pickle, ALIGNMENT bytes aligned: a mapped segment is used in
+  place. What was writable before is writable after (where the memory is), what was read-only stays so;
+- classes of `__main__` travel once a segment, under an identity that any process of the job derives alike.
+
+Layout, little endian: HEAD, a CHUNK each, a BUFFER each, the classes' pickle, the chunks' pickles, padding, buffers.
+A chunk is the pickle of one value (count 0) or of a sequence of `count` values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import mmap
+import os
+import pickle
+import struct
+import threading
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+HEAD = struct.Struct("<2sBBIIQ")
+"""Magic, kind, flags, number of chunks, number of buffers, length of the classes' pickle."""
+CHUNK = struct.Struct("<QII")
+"""Length of the pickle, count of values (0: one bare value), number of its buffers."""
+BUFFER = struct.Struct("<QQ")
+"""Offset from the segment's start, length."""
+MAGIC = b"g1"
+HAS_REFS = 1
+ALIGNMENT = 64
+"""A cache line, and what numpy and Arrow ask for."""
+OUT_OF_BAND_BYTES = 64 << 10
+"""Below this a copy is cheaper than a buffer of its own."""
+
+EXCEPTION_BYTES_MAX = 1 << 20
+"""An exception that drags more along reaches the caller by its text alone: it travels in a frame."""
+
+ONE, MANY, CALL = 0, 1, 2
+"""What an item is: the only argument, a tuple of arguments, or (args, kwargs or None)."""
+
+SCALARS = frozenset({int, float, str, bytes, bool, complex, type(None)})
+"""Types whose values can't change and name no class: pickled in batches, unchecked."""
+_LARGE_TYPES = frozenset({str, bytes, bytearray})
+_MAIN = b"\x8c\x08__main__"  # how protocol 5 writes the module name of anything that belongs to the script itself
+_PICKLING_ERRORS = (pickle.PicklingError, TypeError, AttributeError, ImportError, RecursionError, NotImplementedError)
+_GENERATORS = (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType)
+
+
+class SegmentError(ValueError):
+    """The bytes are no segment."""
+
+
+class _State(threading.local):
+    """What the pickling hooks of this thread collect or look up."""
+
+    def __init__(self) -> None:
+        self.refs: list[str] = []
+        self.classes: Sequence[type] = ()
+
+
+_state = _State()
+
+
+def note_ref(name: str) -> None:
+    """Called by objects as they are pickled: whoever loads this will read the blob of this (hex) name."""
+    _state.refs.append(name)
+
+
+# ---- identities of the script's classes ------------------------------------------------------------------------------
+
+_namespace = ""
+_occurrences: dict[str, int] = {}
+_names_lock = threading.Lock()
+
+
+def set_namespace(namespace: str) -> None:
+    """Derive the identities of classes first pickled from now on from `namespace`: the job, or in a worker the task.
+
+    The same script pickling the same classes in the same order gets the same identities (the driver's replay does).
+    """
+    global _namespace
+    with _names_lock:
+        if namespace != _namespace:
+            _namespace = namespace
+            _occurrences.clear()
+
+
+def _identify(class_: type) -> None:
+    """Give a class that travels by value its identity, unless it has one (it came from another process, say)."""
+    from cloudpickle import cloudpickle
+
+    with _names_lock, cloudpickle._DYNAMIC_CLASS_TRACKER_LOCK:
+        if not _namespace or class_ in cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS:
+            return
+        name = f"{class_.__module__}\0{class_.__qualname__}"
+        occurrence = _occurrences.get(name, 0)
+        _occurrences[name] = occurrence + 1
+        identity = hashlib.blake2b(f"{_namespace}\0{name}\0{occurrence}".encode(), digest_size=16).hexdigest()
+        cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS[class_] = identity
+        cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID[identity] = class_
+
+
+def _class_at(index: int) -> type:
+    """Stands in a pickle for the index-th class of its segment."""
+    return _state.classes[index]
+
+
+class ClassTable:
+    """The script's own classes that a stage's values use, sent once a segment. Only ever grows."""
+
+    def __init__(self) -> None:
+        self._indexes: dict[type, int] = {}
+        self._data = b""
+        self._written = 0
+        self.wanted = False
+        """Whether the last value needed cloudpickle: the next one probably does too."""
+
+    def index(self, class_: type) -> int:
+        """Return the class's place in the table."""
+        return self._indexes.setdefault(class_, len(self._indexes))
+
+    def __len__(self) -> int:
+        return len(self._indexes)
+
+    def dump(self) -> bytes:
+        """The pickled list of classes, made anew only when the table grew."""
+        if self._written < len(self._indexes):
+            classes = list(self._indexes)
+            self._data = cloud_dumps(classes)
+            self._written = len(classes)
+        return self._data
+
+
+_pickler_class: Any = None
+
+
+def _cloud_pickler() -> Any:
+    """cloudpickle's Pickler with our class identities; imported on first use, for it takes a few milliseconds."""
+    global _pickler_class
+    if _pickler_class is None:
+        from cloudpickle import cloudpickle
+
+        class CloudPickler(cloudpickle.Pickler):  # type: ignore[misc]
+            """`table` collects the classes that are sent by value; None: they are written in place."""
+
+            def __init__(self, file: Any, buffer_callback: Any = None, table: ClassTable | None = None) -> None:
+                super().__init__(file, 5, buffer_callback)
+                self._table = table
+
+            def reducer_override(self, obj: Any) -> Any:
+                if isinstance(obj, type) and not cloudpickle._should_pickle_by_reference(obj):
+                    _identify(obj)
+                    if self._table is not None:
+                        return _class_at, (self._table.index(obj),)
+                return super().reducer_override(obj)
+
+        _pickler_class = CloudPickler
+    return _pickler_class
+
+
+def cloud_dumps(value: Any) -> bytes:
+    """Pickle with cloudpickle and our class identities."""
+    out = io.BytesIO()
+    _cloud_pickler()(out).dump(value)
+    return out.getvalue()
+
+
+# ---- writing segments ------------------------------------------------------------------------------------------------
+
+
+class Pickled:
+    """One value, frozen: pickle parts, out-of-band buffers, names of the blobs it refers to.
+
+    The parts and buffers of a large one may still be the caller's own memory until it is written or `freeze`d.
+    """
+
+    __slots__ = ("buffers", "classes", "length", "parts", "refs", "size")
+
+    def __init__(self, parts: list[Buffer], buffers: list[memoryview], refs: tuple[str, ...], classes: bool) -> None:
+        self.parts = parts
+        self.buffers = buffers
+        self.refs = refs
+        self.classes = classes
+        self.length = sum(map(_nbytes, parts))
+        self.size = self.length + sum(view.nbytes for view in buffers)
+
+    def freeze(self) -> None:
+        """Copy what may still be the caller's memory."""
+        self.parts = [part if type(part) is bytes else bytes(part) for part in self.parts]
+        self.buffers = [memoryview((bytes if view.readonly else bytearray)(view)) for view in self.buffers]
+
+
+class _Sink:
+    __slots__ = ("write",)
+    write: Callable[[Any], Any]
+
+
+def _nbytes(part: Buffer) -> int:
+    return len(part) if type(part) is bytes else memoryview(part).nbytes
+
+
+def _is_large(value: Any) -> bool:
+    return type(value) in _LARGE_TYPES and len(value) >= OUT_OF_BAND_BYTES
+
+
+def pickle_value(value: Any, table: ClassTable, large: bool = False) -> bytes | Pickled:
+    """Pickle one value: to plain bytes where they say it all. `large`: it holds long strings, don't copy them.
+
+    Raises what pickling raised: TypeError, PicklingError or whatever the object's own methods did.
+    """
+    buffers: list[memoryview] = []
+
+    def keep_in(buffer: pickle.PickleBuffer) -> bool:
+        view = buffer.raw()
+        if view.nbytes < OUT_OF_BAND_BYTES:
+            return True
+        buffers.append(view)
+        return False
+
+    refs = _state.refs
+    if refs:
+        refs.clear()
+    if not table.wanted:
+        try:
+            if large:
+                parts: list[Buffer] = []
+                sink = _Sink()
+                sink.write = parts.append
+                pickle.Pickler(sink, 5, buffer_callback=keep_in).dump(value)
+                if not any(_MAIN in part for part in parts):
+                    return Pickled(parts, buffers, tuple(refs), False)
+            else:
+                data = pickle.dumps(value, 5, buffer_callback=keep_in)
+                if _MAIN not in data:
+                    return Pickled([data], buffers, tuple(refs), False) if buffers or refs else data
+        except _PICKLING_ERRORS:
+            pass
+        buffers.clear()
+        refs.clear()
+    out = io.BytesIO()
+    before = len(table)
+    _cloud_pickler()(out, keep_in, table).dump(value)
+    data = out.getvalue()
+    classes = len(table) > before or _CLASS_AT in data
+    table.wanted = classes
+    return Pickled([data], buffers, tuple(refs), classes)
+
+
+_CLASS_AT = b"_class_at"
+
+
+def pickle_call(args: tuple[Any, ...], kwargs: dict[str, Any] | None, table: ClassTable) -> bytes | Pickled:
+    """Pickle the arguments of one submitted call: an item of kind CALL."""
+    large = False
+    for value in args:
+        if type(value) in _LARGE_TYPES and len(value) >= OUT_OF_BAND_BYTES:
+            large = True
+    if kwargs and not large:
+        large = any(map(_is_large, kwargs.values()))
+    return pickle_value((args, kwargs or None), table, large)
+
+
+class SegmentWriter:
+    """Gathers values into one segment. `table`: where its values' classes are, to share between segments."""
+
+    def __init__(self, kind: int = ONE, table: ClassTable | None = None) -> None:
+        self.kind = kind
+        self.count = 0
+        self.size = 0
+        """Bytes gathered so far, but for scalars not flushed yet."""
+        self._table = ClassTable() if table is None else table
+        self._run: list[Any] = []
+        self._rows: list[bytes] = []
+        self._parts: list[Buffer] = []
+        self._buffers: list[memoryview] = []
+        self._refs: dict[str, None] = {}
+        self._classes = False
+
+    def add(self, value: Any) -> None:
+        """Add one value, pickled at once unless nobody can change it. Raises what pickling raised, and adds nothing."""
+        if type(value) in SCALARS and not _is_large(value):
+            self._run.append(value)
+            self.count += 1
+            return
+        large = _is_large(value) or (self.kind == MANY and type(value) is tuple and any(map(_is_large, value)))
+        self.add_pickled(pickle_value(value, self._table, large))
+
+    def flush(self) -> None:
+        """Pickle the scalars gathered."""
+        if self._run:
+            self.count -= len(self._run)
+            run, self._run = self._run, []
+            self.add_batch(run)
+
+    def add_batch(self, values: Sequence[Any]) -> None:
+        """Add the values of a sequence that nobody will change and that needs no cloudpickle: scalars, a range."""
+        if self._run:
+            self.flush()
+        data = pickle.dumps(values, 5)
+        self._rows.append(CHUNK.pack(len(data), len(values), 0))
+        self._parts.append(data)
+        self.size += len(data) + CHUNK.size
+        self.count += len(values)
+
+    def add_pickled(self, item: bytes | Pickled) -> None:
+        """Add what `pickle_value` or `pickle_call` returned for this writer's class table."""
+        if self._run:
+            self.flush()
+        self.count += 1
+        if type(item) is bytes:
+            self._rows.append(CHUNK.pack(len(item), 0, 0))
+            self._parts.append(item)
+            self.size += len(item) + CHUNK.size
+            return
+        assert isinstance(item, Pickled)
+        self._classes |= item.classes
+        self._rows.append(CHUNK.pack(item.length, 0, len(item.buffers)))
+        self._parts += item.parts
+        self._buffers += item.buffers
+        self.size += item.size + CHUNK.size
+        if item.refs:
+            self._refs.update(dict.fromkeys(item.refs))
+
+    @property
+    def refs(self) -> tuple[str, ...]:
+        """Hex names of the blobs its tasks will read."""
+        return tuple(self._refs)
+
+    def finish(self) -> tuple[list[Buffer], int]:
+        """Return the segment's parts and its length in bytes, a multiple of ALIGNMENT."""
+        self.flush()
+        classes = self._table.dump() if self._classes else b""
+        flags = HAS_REFS if self._refs else 0
+        head = HEAD.pack(MAGIC, self.kind, flags, len(self._rows), len(self._buffers), len(classes))
+        end = len(head) + CHUNK.size * len(self._rows) + BUFFER.size * len(self._buffers) + len(classes)
+        end += sum(map(_nbytes, self._parts))
+        table: list[bytes] = []
+        tail: list[Buffer] = []
+        for view in self._buffers:
+            padding = -end % ALIGNMENT
+            table.append(BUFFER.pack(end + padding, view.nbytes))
+            tail += (bytes(padding), view)
+            end += padding + view.nbytes
+        padding = -end % ALIGNMENT
+        front = b"".join((head, *self._rows, *table, classes))
+        if end < 4 * OUT_OF_BAND_BYTES:
+            return [b"".join((front, *self._parts, *tail, bytes(padding)))], end + padding
+        return [front, *self._parts, *tail, bytes(padding)], end + padding
+
+
+def dump_segment(items: Iterable[Any], kind: int = ONE) -> tuple[list[Buffer], tuple[str, ...]]:
+    """Pickle items of one kind into one segment: (its parts, hex names of the blobs its tasks will read)."""
+    writer = SegmentWriter(kind)
+    for item in items:
+        writer.add(item)
+    return writer.finish()[0], writer.refs
+
+
+# ---- reading segments ------------------------------------------------------------------------------------------------
+
+
+class Segment(NamedTuple):
+    """Items of one kind (ONE, MANY or CALL)."""
+
+    kind: int
+    items: Sequence[Any]
+    has_refs: bool
+
+    def bind(self, function: Callable[..., Any]) -> Callable[[Any], Any]:
+        """Return what calls `function` with one item, with `grid.Ref`s among its arguments replaced by their values."""
+        if self.has_refs:
+            from grid.api.refs import resolving
+
+            function = resolving(function)
+        if self.kind == ONE:
+            return function
+        if self.kind == MANY:
+            return lambda item: function(*item)
+        return lambda item: function(*item[0], **item[1]) if item[1] else function(*item[0])
+
+
+def load_segment(data: Buffer | mmap.mmap, lo: int = 0, hi: int | None = None) -> Segment:
+    """Load items [lo, hi) of a segment. Raises SegmentError, or what unpickling raised."""
+    view = memoryview(data)
+    try:
+        magic, kind, flags, chunks, buffers, classes_length = HEAD.unpack_from(view)
+        if magic != MAGIC:
+            raise SegmentError("these bytes are no segment")
+        tables = HEAD.size + CHUNK.size * chunks
+        start = tables + BUFFER.size * buffers
+        rows = list(CHUNK.iter_unpack(view[HEAD.size : tables]))
+        areas = [view[offset : offset + length] for offset, length in BUFFER.iter_unpack(view[tables:start])]
+    except struct.error as error:
+        raise SegmentError("these bytes are no segment") from error
+    before = _state.classes
+    if classes_length:
+        _state.classes = pickle.loads(view[start : start + classes_length])
+        start += classes_length
+    try:
+        if len(rows) == 1 and rows[0][1]:
+            items: Sequence[Any] = pickle.loads(view[start:], buffers=areas)
+            return Segment(kind, items if lo == 0 and hi is None else items[lo:hi], bool(flags & HAS_REFS))
+        return Segment(kind, _load_chunks(view, start, rows, areas, lo, hi), bool(flags & HAS_REFS))
+    finally:
+        _state.classes = before
+
+
+def _load_chunks(
+    view: memoryview, start: int, rows: list[tuple[int, int, int]], areas: list[memoryview], lo: int, hi: int | None
+) -> list[Any]:
+    loads = pickle.loads
+    items: list[Any] = []
+    index = area = 0
+    for length, count, buffers in rows:
+        after = index + (count or 1)
+        if after > lo and (hi is None or index < hi):
+            chunk = view[start : start + length]
+            value = loads(chunk, buffers=areas[area : area + buffers]) if buffers else loads(chunk)
+            if not count:
+                items.append(value)
+            elif index < lo or (hi is not None and after > hi):
+                items += value[max(lo - index, 0) : None if hi is None else hi - index]
+            else:
+                items += value
+        start += length
+        area += buffers
+        index = after
+    return items
+
+
+def map_file(path: str, private: bool = True) -> memoryview:
+    """Map a file whole. `private`: arrays in it may be written to, and the file never is; else they are read-only."""
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY if private else mmap.ACCESS_READ))
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+class ResultWriter(SegmentWriter):
+    """Gathers the values that tasks returned, each frozen when it is added."""
+
+    def add(self, value: Any) -> None:
+        """Add one task's result. Raises TypeError for a generator, else what pickling raised, and adds nothing."""
+        if isinstance(value, _GENERATORS):
+            what = "generator" if isinstance(value, types.GeneratorType) else "coroutine or asynchronous generator"
+            raise TypeError(f"the task returned a {what}, which can't leave its process: return a list instead")
+        super().add(value)
+
+
+def dump_results(values: Iterable[Any]) -> list[Buffer]:
+    """Pickle the results of consecutive tasks into one segment's parts."""
+    writer = ResultWriter()
+    for value in values:
+        writer.add(value)
+    return writer.finish()[0]
+
+
+def load_results(data: Buffer | mmap.mmap, lo: int = 0, hi: int | None = None) -> Sequence[Any]:
+    """Load the values [lo, hi) of a result segment."""
+    return load_segment(data, lo, hi).items
+
+
+# ---- functions and exceptions ----------------------------------------------------------------------------------------
+
+
+def dump_function(function: Callable[..., Any]) -> bytes:
+    """Pickle a callable with all it captures. Raises TypeError that names it when something in it can't be pickled."""
+    try:
+        return cloud_dumps(function)
+    except Exception as error:
+        name = getattr(function, "__qualname__", None) or type(function).__qualname__
+        raise TypeError(f"{name} can't be sent to workers, something it uses can't be pickled: {error}") from error
+
+
+def load_function(data: Buffer) -> Callable[..., Any]:
+    """Load a callable. Raises whatever its imports raise."""
+    function: Callable[..., Any] = pickle.loads(data)
+    return function
+
+
+def dump_exception(error: BaseException) -> bytes:
+    """Pickle an exception, or return b"" if it wouldn't survive (many take other arguments than they keep)."""
+    try:
+        parts = dump_results([error])
+        data = b"".join(parts)
+        copy = load_results(data)[0]
+    except Exception:
+        return b""
+    return data if type(copy) is type(error) and len(data) <= EXCEPTION_BYTES_MAX else b""
+
+
+def load_exception(data: Buffer) -> BaseException | None:
+    """Load what `dump_exception` returned; None if there is nothing or it can't be loaded here."""
+    if not len(data):
+        return None
+    try:
+        error = load_results(data)[0]
+    except Exception:
+        return None
+    return error if isinstance(error, BaseException) else None

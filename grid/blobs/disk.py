@@ -1,0 +1,156 @@
+"""The disk as the blob store sees it: a seam where a simulated world tears writes, fails and fills up.
+
+Calls follow `os`: they block, raise OSError, and may write less than asked. `run` is where slow ones go: a thread on a
+real disk, inline in a simulation. Threads here never touch the store's own state.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeVar, TypeVarTuple, Unpack
+
+import trio
+from blake3 import blake3
+
+from grid.blobs.blob import PARALLEL_HASH_BYTES_MIN, BlobId, Buffer
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+DISK_THREADS_MAX = 4
+"""Blocking disk calls at once: enough to keep a disk busy, few enough to leave the cores to the workers."""
+FULL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FILE_MODE = 0o444
+"""Published blobs are read-only: users' processes map them."""
+READ_BYTES = 1 << 20
+WRITE_BYTES_MAX = 64 << 20
+"""One write call; Linux itself stops at 2 GiB."""
+
+
+BLOCK_BYTES = 4096
+
+
+def allocated(size: int) -> int:
+    """Bytes a file of this size takes on a usual file system; what quotas count."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+class Disk(Protocol):
+    """What may fail. All else (listing, stat, making folders) is done with `os` directly."""
+
+    def open(self, path: Path, flags: int, mode: int = FILE_MODE) -> int: ...
+
+    def close(self, fd: int) -> None: ...
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes: ...
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> int: ...
+
+    def fsync(self, fd: int) -> None: ...
+
+    def replace(self, source: Path, target: Path) -> None: ...
+
+    def unlink(self, path: Path) -> None: ...
+
+    async def run(self, fn: Callable[[Unpack[Ts]], T], *args: Unpack[Ts]) -> T: ...
+
+
+class RealDisk:
+    """The operating system's disk."""
+
+    def __init__(self) -> None:
+        self._limiter = trio.CapacityLimiter(DISK_THREADS_MAX)
+
+    def open(self, path: Path, flags: int, mode: int = FILE_MODE) -> int:
+        return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        return os.pread(fd, length, offset)
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def replace(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    async def run(self, fn: Callable[[Unpack[Ts]], T], *args: Unpack[Ts]) -> T:
+        return await trio.to_thread.run_sync(fn, *args, limiter=self._limiter)
+
+
+def is_full(error: OSError) -> bool:
+    return error.errno in FULL_ERRORS
+
+
+def write_all(disk: Disk, fd: int, data: Buffer, offset: int) -> int:
+    """Write all of `data` at `offset`; return the offset after it."""
+    with memoryview(data) as view, view.cast("B") as flat:
+        done = 0
+        while done < len(flat):
+            with flat[done : done + WRITE_BYTES_MAX] as part:
+                done += disk.pwrite(fd, part, offset + done)
+    return offset + done
+
+
+def write_file(disk: Disk, path: Path, buffers: tuple[Buffer, ...], *, sync: bool) -> None:
+    """Create `path` with this content; on any error it does not exist afterwards."""
+    fd = disk.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        try:
+            offset = 0
+            for buffer in buffers:
+                offset = write_all(disk, fd, buffer, offset)
+            if sync:
+                disk.fsync(fd)
+        finally:
+            disk.close(fd)
+    except BaseException:
+        unlink_quietly(disk, path)
+        raise
+
+
+def hash_file(disk: Disk, path: Path) -> BlobId:
+    """BLAKE3 of a file by plain reads: a bad sector or a file that shrinks is an OSError or a wrong hash, not a SIGBUS."""
+    hasher = blake3()
+    fd = disk.open(path, os.O_RDONLY)
+    try:
+        offset = 0
+        while data := disk.pread(fd, READ_BYTES, offset):
+            hasher.update(data)
+            offset += len(data)
+    finally:
+        disk.close(fd)
+    return BlobId(hasher.digest())
+
+
+def hash_mapped(path: Path, size: int) -> BlobId:
+    """BLAKE3 of a file through a map, on all cores: twice as fast, for files that nobody shrinks meanwhile."""
+    hasher = blake3(max_threads=blake3.AUTO if size >= PARALLEL_HASH_BYTES_MIN else 1)
+    return BlobId(hasher.update_mmap(path).digest())
+
+
+def sync_folder(disk: Disk, folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    fd = disk.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        disk.fsync(fd)
+    finally:
+        disk.close(fd)
+
+
+def unlink_quietly(disk: Disk, path: Path) -> None:
+    """Unlink where failing to is no news: the next start cleans up."""
+    with suppress(OSError):
+        disk.unlink(path)

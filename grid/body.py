@@ -1,0 +1,122 @@
+"""Opaque bytes of arguments and results as a peer holds them: in memory, or as a slice of a file in a spool folder.
+
+Rules: nothing here is ever unpickled; a file that several slices share goes when the last of them is released; a body is
+read whole only when it is about to leave this machine or to enter a frame.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from blake3 import blake3
+
+
+class SpoolFile:
+    """A file with owners; unlinked when the last one releases it. `owned=False`: someone else's, never unlinked."""
+
+    __slots__ = ("owned", "owners", "path")
+
+    def __init__(self, path: str, owned: bool = True) -> None:
+        self.path = path
+        self.owned = owned
+        self.owners = 0
+
+    def release(self) -> None:
+        """One owner less."""
+        self.owners -= 1
+        if self.owners <= 0 and self.owned:
+            Path(self.path).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlice:
+    """`length` bytes at `offset` of a file."""
+
+    file: SpoolFile
+    offset: int
+    length: int
+
+    @property
+    def whole(self) -> bool:
+        """The slice is all of its file."""
+        return self.offset == 0 and os.stat(self.file.path).st_size == self.length
+
+
+Body: TypeAlias = bytes | FileSlice
+
+
+def whole_file(path: str, owned: bool = True) -> FileSlice:
+    """A body that is all of a file. Raises FileNotFoundError."""
+    file = SpoolFile(path, owned)
+    file.owners = 1
+    return FileSlice(file, 0, os.stat(path).st_size)
+
+
+def size_of(body: Body) -> int:
+    """In bytes."""
+    return body.length if isinstance(body, FileSlice) else len(body)
+
+
+def memory_of(body: Body) -> int:
+    """Bytes that the body takes in this process."""
+    return 0 if isinstance(body, FileSlice) else len(body)
+
+
+def read(body: Body) -> bytes:
+    """The bytes."""
+    if isinstance(body, bytes):
+        return body
+    with open(body.file.path, "rb") as file:
+        file.seek(body.offset)
+        data = file.read(body.length)
+    if len(data) != body.length:
+        raise OSError(f"{body.file.path} is shorter than it was")
+    return data
+
+
+def release(body: Body) -> None:
+    """The holder is done with it."""
+    if isinstance(body, FileSlice):
+        body.file.release()
+
+
+def hash_of(body: Body) -> bytes:
+    """BLAKE3, 32 bytes."""
+    if isinstance(body, bytes):
+        return blake3(body).digest()
+    if body.whole:
+        return blake3().update_mmap(body.file.path).digest()
+    return blake3(read(body)).digest()
+
+
+class Spool:
+    """Numbered files in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._number = 0
+
+    def path(self, kind: str) -> str:
+        """A name that was not given before."""
+        self._number += 1
+        return str(self.folder / f"{kind}-{self._number}")
+
+    def write(self, kind: str, data: bytes) -> SpoolFile:
+        """A new file with this content; nobody owns it yet. Raises OSError (disk full) and leaves nothing then."""
+        path = self.path(kind)
+        try:
+            Path(path).write_bytes(data)
+        except OSError:
+            Path(path).unlink(missing_ok=True)
+            raise
+        return SpoolFile(path)
+
+    def as_file(self, body: Body) -> str:
+        """The path of a file that holds just this body; written if need be (then the caller unlinks it, or the job's end)."""
+        if isinstance(body, FileSlice) and body.whole:
+            return body.file.path
+        return self.write("copy", read(body)).path

@@ -1,0 +1,35 @@
+"""Errors of the job layer. Each has a code for programs and one line for people; some say what to do (`hint`)."""
+
+
+class GridError(Exception):
+    """Base. `code` is stable, `str(error)` is one line, `hint` may be empty."""
+
+    code = "failed"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class RefusedError(GridError):
+    """A message broke a rule of its protocol or names nothing its sender may touch; it changed nothing."""
+
+    code = "refused"
+
+
+class FencedError(RefusedError):
+    """The message belongs to an epoch that is over, or to a peer that does not lead it."""
+
+    code = "fenced"
+
+
+class JobUnknownError(GridError):
+    """No peer that answers knows the job."""
+
+    code = "unknown_job"
+
+
+class IllegalTransitionError(GridError):
+    """A job or stage was asked to go where its state table has no way."""
+
+    code = "illegal_transition"

@@ -1,0 +1,61 @@
+"""How much work goes where at once: the pace of each stage as measured, and the grain that follows from it.
+
+Rules: the grain aims at GRAIN_S of work a bundle; an unknown pace starts with one task and grows at most GROWTH-fold; near
+the end every worker gets a share. Deterministic; no clock: durations are arguments.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Final
+
+from grid.core import limits
+
+GROWTH: Final = 16
+"""A new bundle has at most so many times the tasks of the largest one measured: one lucky short task proves little."""
+DECAY: Final = 0.7
+"""Weight that earlier measurements keep when a new one of GRAIN_S comes in: the pace follows a stage whose tasks change."""
+
+
+class Pace:
+    """Seconds a task of one stage, as a decaying ratio of work to tasks."""
+
+    __slots__ = ("_seconds", "_tasks", "largest")
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._tasks = 0.0
+        self.largest = 0
+
+    def record(self, tasks: int, elapsed_s: float) -> None:
+        """`tasks` took `elapsed_s` of one worker's time."""
+        assert tasks > 0
+        assert elapsed_s >= 0
+        weight = DECAY ** min(4.0, elapsed_s / limits.GRAIN_S + tasks / limits.GRAIN_TASKS_MAX)
+        self._seconds = self._seconds * weight + elapsed_s
+        self._tasks = self._tasks * weight + tasks
+        self.largest = max(self.largest, tasks)
+
+    def hint(self, per_task_s: float) -> None:
+        """What another peer measured; counts only until something is measured here."""
+        if self._tasks == 0 and per_task_s > 0:
+            self._tasks = 1.0
+            self._seconds = per_task_s
+            self.largest = max(1, int(limits.GRAIN_S / per_task_s))
+
+    @property
+    def per_task_s(self) -> float | None:
+        """None while nothing is known; never 0."""
+        if self._tasks == 0:
+            return None
+        return max(self._seconds / self._tasks, 1e-8)
+
+    def grain(self, remaining: int, workers: int) -> int:
+        """Tasks for the next bundle, when `remaining` are queued for about `workers` workers."""
+        assert remaining > 0
+        per_task_s = self.per_task_s
+        if per_task_s is None:
+            return 1
+        wanted = limits.GRAIN_S / per_task_s
+        fair = ceil(remaining / (2 * max(workers, 1)))
+        return max(1, int(min(wanted, fair, self.largest * GROWTH, limits.GRAIN_TASKS_MAX, remaining)))

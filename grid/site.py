@@ -1,0 +1,461 @@
+"""A job's place on one peer: the ranges it holds, the workers that run them, what they need at hand.
+
+The same on the leader's peer (where pages arrive from the driver) and on a thief's (where grants bring ranges). Rules:
+- every range the site was given is at all times in exactly one of: the deque, a fetch, a worker's ticket, or reported;
+- a worker gets bundles of about GRAIN_S; a second one ahead only while tasks are short;
+- the site never opens a body and never decides whether a failed task runs again: it reports to its `Uplink`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import trio
+
+from grid import body as bodies
+from grid.api import wire
+from grid.body import Body
+from grid.core import limits
+from grid.core.bundle import StageOptions
+from grid.core.deque import RangeDeque, Work
+from grid.core.job import JobId
+from grid.core.ledger import DIED, MEMORY, TIMEOUT
+from grid.core.plan import Pace
+from grid.core.ranges import RangeSet
+from grid.core.segments import Segment, SegmentTable
+from grid.siteworker import SiteWorker, Ticket
+
+if TYPE_CHECKING:
+    from grid.worker.pool import Child, JobProcesses
+    from grid.workshop import Workshop
+
+
+class Uplink(Protocol):
+    """The way to the job's leader. All calls return at once and keep their order."""
+
+    def result(self, stage: int, lo: int, hi: int, body: Body, elapsed_us: int) -> None:
+        """Tasks [lo, hi) are done; body: one result segment whose first value is task lo's."""
+
+    def failure(self, stage: int, failure: wire.Failed, exception: bytes) -> None:
+        """A task failed here; exception: pickled, or empty."""
+
+    def printed(self, message: wire.Print, data: bytes) -> None:
+        """A task wrote something."""
+
+    def relay(self, worker: SiteWorker, message: wire.Message, body: Body) -> None:
+        """A frame about stages that a task made."""
+
+    def relay_closed(self, worker: SiteWorker) -> None:
+        """The worker with stages of its own is gone."""
+
+    def returned(self, stage: int, lo: int, hi: int) -> None:
+        """The site can't run these (a blob is not to be had); it holds them no more."""
+
+
+@dataclass(slots=True)
+class Held:
+    """A segment at hand or to be fetched."""
+
+    segment: Segment
+    body: Body | None
+    blob: bytes = b""
+    ready: bool = False  # body and refs are here
+
+
+@dataclass(slots=True)
+class SiteStage:
+    """What the site knows of a stage."""
+
+    index: int
+    options: StageOptions
+    fn: int
+    pace: Pace = field(default_factory=Pace)
+    held: dict[int, Held] = field(default_factory=dict)  # by first
+    segments: SegmentTable = field(default_factory=SegmentTable)
+
+
+class Site:
+    """One job on this peer."""
+
+    def __init__(
+        self,
+        job: JobId,
+        workshop: Workshop,
+        processes: JobProcesses,
+        spool: bodies.Spool,
+        uplink: Uplink,
+        nursery: trio.Nursery,
+        fetch: Callable[[SiteStage, Held], Awaitable[None]],
+        requests: Callable[[Callable[[wire.Message], None], wire.Message, bytes], Awaitable[None]],
+    ) -> None:
+        self.job = job
+        self.workshop = workshop
+        self.processes = processes
+        self.spool = spool
+        self.uplink = uplink
+        self.deque = RangeDeque()
+        self.stages: dict[int, SiteStage] = {}
+        self.functions: list[Body | None] = []
+        self.workers: list[SiteWorker] = []
+        self.starting = 0
+        self.executed = 0
+        self.closed = False
+        self._nursery = nursery
+        self._fetch = fetch
+        self._requests = requests
+        self._fetching: dict[tuple[int, int], list[Work]] = {}
+        self._function_numbers: dict[bytes, int] = {}
+        self._dropped: dict[int, RangeSet] = {}
+        self._start_failures = 0
+        self._token = 0
+        self._ticket = 0
+        self.idle_since_s = trio.current_time()
+
+    # ---- what comes in ----
+
+    def add_function(self, function: bytes, body: Body | None) -> int:
+        """The number of the function with this hash; body None: it comes later."""
+        number = self._function_numbers.get(function)
+        if number is None:
+            number = self._function_numbers[function] = len(self.functions)
+            self.functions.append(body)
+        elif body is not None and self.functions[number] is None:
+            self.functions[number] = body
+        return number
+
+    def add_stage(self, index: int, options: StageOptions, fn: int) -> SiteStage:
+        """Ranges of this stage may be pushed from now on."""
+        stage = self.stages.get(index)
+        if stage is None:
+            stage = self.stages[index] = SiteStage(index, options, fn)
+        return stage
+
+    def hold(self, stage: int, segment: Segment, body: Body | None, blob: bytes = b"") -> None:
+        """A segment's bytes, or where they are to be had."""
+        held = self.stages[stage].held
+        self.stages[stage].segments.add(segment)
+        known = held.get(segment.first)
+        if known is None or (known.body is None and body is not None):
+            held[segment.first] = Held(segment, body, blob, ready=body is not None and not segment.refs)
+
+    def push(self, works: list[Work], head: bool = False) -> None:
+        """Ranges to run. Raises DequeFull."""
+        for work in reversed(works) if head else works:
+            (self.deque.push_head if head else self.deque.push_tail)(work)
+        self.workshop.pump()
+
+    def drop(self, stage: int, lo: int, hi: int) -> None:
+        """These tasks are settled elsewhere or cancelled: forget them, stop those that run long."""
+        self.deque.remove(stage, lo, hi)
+        for works in self._fetching.values():
+            works[:] = [part for work in works for part in _without(work, stage, lo, hi)]
+        for worker in list(self.workers):
+            for ticket in worker.tickets.values():
+                if ticket.stage == stage and ticket.at < hi and lo < ticket.hi:
+                    self._dropped.setdefault(stage, RangeSet()).add(lo, hi)
+                    if self._runs_long(stage) and lo <= ticket.at and ticket.hi <= hi:
+                        worker.child.kill("dropped")
+                        break
+
+    def forget(self, stage: int, lo: int, hi: int) -> None:
+        """Release segments that lie in [lo, hi) as a whole."""
+        known = self.stages[stage]
+        for segment in known.segments.overlapping(lo, hi):
+            if lo <= segment.first and segment.end <= hi:
+                known.segments.remove(segment.first)
+                held = known.held.pop(segment.first)
+                if held.body is not None:
+                    bodies.release(held.body)
+
+    # ---- what it holds ----
+
+    def held(self) -> dict[int, RangeSet]:
+        """Every range that is here and not reported."""
+        table: dict[int, RangeSet] = {}
+
+        def add(stage: int, lo: int, hi: int) -> None:
+            if lo < hi:
+                table.setdefault(stage, RangeSet()).add(lo, hi)
+
+        for work in self.deque.ranges():
+            add(*work)
+        for works in self._fetching.values():
+            for work in works:
+                add(*work)
+        for worker in self.workers:
+            for ticket in worker.tickets.values():
+                add(ticket.stage, ticket.at, ticket.hi)
+        return table
+
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return sum(worker.slots for worker in self.workers)
+
+    @property
+    def blocked(self) -> int:
+        """Workers that wait for children of their tasks."""
+        return sum(worker.blocked for worker in self.workers)
+
+    def remaining_s(self) -> float:
+        """Time its queued tasks take one slot; infinite while a pace is unknown."""
+        total = 0.0
+        for index in self.deque.stages():
+            pace = self.stages[index].pace.per_task_s
+            if pace is None:
+                return math.inf
+            total += pace * self.deque.count(index)
+        return total
+
+    def seconds_per_task(self, stage: int) -> float:
+        """For a steal's halves; 0 when unknown."""
+        return self.stages[stage].pace.per_task_s or 0.0
+
+    # ---- giving work to workers ----
+
+    def feed(self, free: int) -> int:
+        """Use up to `free` slots; returns how many were taken. Called by the workshop only."""
+        if self.closed or not self.deque:
+            return 0
+        idle = next((w for w in self.workers if w.idle), None)
+        if idle is None:
+            if self.starting < min(free, self.deque.total) and self.blocked < limits.WORKERS_BLOCKED_MAX:
+                self.start_worker()
+            return 0
+        before = idle.slots
+        self._assign(idle, free)
+        return idle.slots - before
+
+    def feed_ahead(self) -> None:
+        """A second bundle for workers whose tasks are short. Called by the workshop once no slot is free."""
+        for worker in self.workers:
+            if not self.deque:
+                return
+            if 0 < len(worker.tickets) < limits.TICKETS_AHEAD and not worker.blocked and not worker.nests:
+                last = next(reversed(worker.tickets.values()))
+                if not self._runs_long(last.stage):
+                    self._assign(worker, worker.slots, ahead=True)
+
+    def start_worker(self) -> None:
+        """Start one more worker process; it is fed when it is there."""
+        self.starting += 1
+        self._nursery.start_soon(self._run_worker)
+
+    def _assign(self, worker: SiteWorker, free: int, ahead: bool = False) -> None:
+        def count_of(stage: int) -> int:
+            known = self.stages[stage]
+            if self.functions[known.fn] is None or min(known.options.cpus, self.workshop.slots) > free:
+                return 0
+            if ahead and self._runs_long(stage):
+                return 0
+            return known.pace.grain(self.deque.count(stage), self.workshop.slots)
+
+        given = 0
+        while not given and len(self._fetching) < limits.PREFETCH_SEGMENTS:
+            work = self.deque.take_head(count_of)
+            if work is None:
+                return
+            at = work.lo
+            while at < work.hi:
+                segment = self.stages[work.stage].segments.at(at)
+                if segment is None:
+                    self.uplink.returned(work.stage, at, work.hi)
+                    break
+                part = Work(work.stage, at, min(work.hi, segment.end))
+                at = part.hi
+                given += self._give(worker, part, segment)
+
+    def _give(self, worker: SiteWorker, work: Work, segment: Segment) -> int:
+        stage = self.stages[work.stage]
+        held = stage.held[segment.first]
+        if not held.ready:
+            waiting = self._fetching.setdefault((work.stage, segment.first), [])
+            waiting.append(work)
+            if len(waiting) == 1:
+                self._nursery.start_soon(self._prepare, stage, held)
+            return 0
+        assert held.body is not None
+        self._ticket += 1
+        worker.run(Ticket(self._ticket, work.stage, work.lo, work.hi, work.lo, stage.fn), stage, held, self)
+        return 1
+
+    async def _prepare(self, stage: SiteStage, held: Held) -> None:
+        """Fetch what a segment lacks, then put its ranges back to the head of the deque."""
+        key = (stage.index, held.segment.first)
+        try:
+            await self._fetch(stage, held)
+            held.ready = held.body is not None
+        finally:
+            works = self._fetching.pop(key)
+        for work in reversed(works):
+            if held.ready:
+                self.deque.push_head(work)
+            else:
+                self.uplink.returned(*work)
+        self.workshop.pump()
+
+    def _runs_long(self, stage: int) -> bool:
+        pace = self.stages[stage].pace.per_task_s
+        return pace is None or pace > limits.GRAIN_S
+
+    # ---- workers ----
+
+    async def _run_worker(self) -> None:
+        child: Child | None = None
+        try:
+            child = await self.processes.start_worker()
+        finally:
+            self.starting -= 1
+            if child is None:
+                self.workshop.pump()
+        self._token += 1
+        worker = SiteWorker(child, self._token)
+        self.workers.append(worker)
+        self.workshop.pump()
+        try:
+            async for message, data in child.frames:
+                self._handle(worker, message, data)
+        finally:
+            self.workers.remove(worker)
+        await child.exited.wait()
+        self._bury(worker)
+        self.workshop.pump()
+
+    def _handle(self, worker: SiteWorker, message: wire.Message, data: bytes) -> None:
+        match message:
+            case wire.Done():
+                self._done(worker, message, data)
+            case wire.Failed():
+                self._failed(worker, message, data)
+            case wire.Waiting():
+                worker.wait(message.blocked)
+                self.workshop.pump()
+            case wire.Returned():
+                ticket = worker.tickets.pop(message.ticket, None)
+                if ticket is not None:
+                    self._requeue(ticket.stage, ticket.lo, ticket.hi)
+                    self.workshop.pump()
+            case wire.Print():
+                self.uplink.printed(message, data)
+            case wire.Ready():
+                pass
+            case wire.Put() | wire.Fetch() | wire.OpenInput() | wire.ListInputs():
+                self._nursery.start_soon(self._requests, worker.post, message, data)
+            case wire.Page(path=path) if path:
+                self.uplink.relay(worker, message, bodies.whole_file(path))
+            case _:
+                worker.nests = True
+                self.uplink.relay(worker, message, data)
+
+    def _done(self, worker: SiteWorker, message: wire.Done, data: bytes) -> None:
+        ticket = worker.tickets.get(message.ticket)
+        if ticket is None or message.lo != ticket.at or not ticket.at < message.hi <= ticket.hi:
+            worker.child.kill("broke the protocol")
+            return
+        body: Body = bodies.whole_file(message.path) if message.path else data
+        self._progress(worker, ticket, message.hi, message.elapsed_us, message.final)
+        self.uplink.result(ticket.stage, message.lo, message.hi, body, message.elapsed_us)
+        if message.final:
+            self.workshop.pump()
+
+    def _failed(self, worker: SiteWorker, message: wire.Failed, data: bytes) -> None:
+        ticket = worker.tickets.get(message.ticket)
+        if ticket is None or message.index != ticket.at or ticket.at >= ticket.hi:
+            worker.child.kill("broke the protocol")
+            return
+        self._progress(worker, ticket, message.index + 1, message.elapsed_us, message.final)
+        self.uplink.failure(ticket.stage, message, data)
+        if message.final:
+            self.workshop.pump()
+
+    def _progress(self, worker: SiteWorker, ticket: Ticket, at: int, elapsed_us: int, final: bool) -> None:
+        count = at - ticket.at
+        self.stages[ticket.stage].pace.record(count, elapsed_us / 1e6)
+        self.executed += count
+        self._start_failures = 0
+        ticket.at = at
+        if final:
+            del worker.tickets[ticket.number]
+        self.idle_since_s = trio.current_time()
+
+    def _requeue(self, stage: int, lo: int, hi: int) -> None:
+        if lo >= hi:
+            return
+        dropped = self._dropped.get(stage)
+        for a, b in dropped.gaps(lo, hi) if dropped else [(lo, hi)]:
+            self.deque.push_head(Work(stage, a, b))
+
+    def _bury(self, worker: SiteWorker) -> None:
+        """A worker ended: the task it ran failed (unless the peer ended it on purpose); the rest runs again."""
+        if worker.nests:
+            self.uplink.relay_closed(worker)
+        if self.closed:
+            return
+        child = worker.child
+        index, _ = child.progress()
+        culprit = None
+        for ticket in worker.tickets.values():
+            if child.why not in ("dropped", "idle") and ticket.at <= index < ticket.hi and culprit is None:
+                culprit = (ticket, index)
+                self._requeue(ticket.stage, index + 1, ticket.hi)
+                self._requeue(ticket.stage, ticket.at, index)
+            else:
+                self._requeue(ticket.stage, ticket.at, ticket.hi)
+        if culprit is not None:
+            ticket, index = culprit
+            self.uplink.failure(ticket.stage, _death(ticket, index, child), b"")
+        elif worker.tickets and child.why not in ("dropped", "idle"):
+            self._start_failures += 1
+            if self._start_failures > limits.RETRIES_LOST_MAX:
+                ticket = next(iter(worker.tickets.values()))
+                self.deque.remove(ticket.stage, ticket.at, ticket.at + 1)
+                self.uplink.failure(ticket.stage, _death(ticket, ticket.at, child), b"")
+
+    # ---- watching ----
+
+    def check_timeouts(self) -> None:
+        """End workers whose task runs longer than its stage allows. Called every 50 ms while such a stage is here."""
+        now_ns = time.monotonic_ns()
+        for worker in self.workers:
+            ticket = worker.running
+            if ticket is None:
+                continue
+            timeout_s = self.stages[ticket.stage].options.task_timeout_s
+            if timeout_s:
+                index, started_ns = worker.child.progress()
+                if ticket.at <= index < ticket.hi and now_ns - started_ns > timeout_s * 1e9:
+                    worker.child.kill("timeout")
+
+    @property
+    def has_timeouts(self) -> bool:
+        """Some stage here limits its tasks' time."""
+        return any(stage.options.task_timeout_s for stage in self.stages.values())
+
+    def rest(self, now_s: float) -> None:
+        """Let workers go that had nothing to do for a while."""
+        if self.deque or self._fetching or now_s - self.idle_since_s < limits.WORKER_IDLE_S:
+            return
+        for worker in self.workers:
+            if worker.idle:
+                worker.child.kill("idle")
+
+
+def _without(work: Work, stage: int, lo: int, hi: int) -> list[Work]:
+    if work.stage != stage or hi <= work.lo or work.hi <= lo:
+        return [work]
+    parts = [Work(stage, work.lo, lo), Work(stage, hi, work.hi)]
+    return [part for part in parts if part.lo < part.hi]
+
+
+def _death(ticket: Ticket, index: int, child: Child) -> wire.Failed:
+    status = child.status
+    how = f"signal {-status}" if status is not None and status < 0 else f"exit status {status}"
+    kind, message = {
+        "timeout": (TIMEOUT, "the task ran longer than its time limit"),
+        "memory": (MEMORY, "the task used more memory than its limit"),
+    }.get(child.why, (DIED, f"the worker process died while it ran the task ({how})"))
+    return wire.Failed(ticket.number, index, kind, "", message, "", 0, False)

@@ -1,0 +1,92 @@
+"""One worker process as its site sees it: the bundles it was given and not yet reported.
+
+Rules: tickets are answered in the order they were given; a blocked worker (its task waits for children) uses no slot, and
+the tickets it has not begun are asked back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from grid import body as bodies
+from grid.api import wire
+from grid.body import FileSlice
+
+if TYPE_CHECKING:
+    from grid.site import Held, Site, SiteStage
+    from grid.worker.pool import Child
+
+
+@dataclass(slots=True)
+class Ticket:
+    """Tasks [lo, hi) given to a worker; [lo, at) are reported."""
+
+    number: int
+    stage: int
+    lo: int
+    hi: int
+    at: int
+    fn: int
+
+
+class SiteWorker:
+    """A worker process of one job."""
+
+    def __init__(self, child: Child, token: int) -> None:
+        self.child = child
+        self.token = token
+        self.tickets: dict[int, Ticket] = {}
+        self.blocked = False
+        self.nests = False
+        self.cpus = 1
+        self._functions: set[int] = set()
+
+    @property
+    def idle(self) -> bool:
+        """It has nothing to run."""
+        return not self.tickets and not self.blocked
+
+    @property
+    def running(self) -> Ticket | None:
+        """The ticket it works on."""
+        return next(iter(self.tickets.values()), None)
+
+    @property
+    def slots(self) -> int:
+        """Slots in use."""
+        return 0 if self.blocked or not self.tickets else self.cpus
+
+    def post(self, message: wire.Message, body: bytes = b"") -> None:
+        """Send without waiting; the channel's queue is bounded by the tickets a worker may have."""
+        self.child.post(message, body)
+
+    def run(self, ticket: Ticket, stage: SiteStage, held: Held, site: Site) -> None:
+        """Give it a bundle."""
+        if not self.tickets:
+            self.cpus = min(stage.options.cpus, site.workshop.slots)
+        self.tickets[ticket.number] = ticket
+        if ticket.fn not in self._functions:
+            self._functions.add(ticket.fn)
+            function = site.functions[ticket.fn]
+            assert function is not None
+            self.post(wire.Function(ticket.fn), bodies.read(function))
+        body = held.body
+        assert body is not None
+        path, data = "", b""
+        if isinstance(body, FileSlice):
+            if body.length > wire.INLINE_BYTES_MAX or body.whole:
+                path = site.spool.as_file(body)
+            else:
+                data = bodies.read(body)
+        else:
+            data = body
+        first = held.segment.first
+        self.post(wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, 0, path), data)
+
+    def wait(self, blocked: bool) -> None:
+        """Its task began or ended a wait for children."""
+        self.blocked = blocked
+        if blocked:
+            for number in list(self.tickets)[1:]:
+                self.post(wire.Revoke(number))

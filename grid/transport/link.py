@@ -1,0 +1,149 @@
+"""One connection at work: frames out of an outbox into records, records into frames, signs of life.
+
+A record holds frames behind 9-byte headers (kind, id, length); the payload of a bulk frame is the next record, whole, so
+that it is never copied. Rules this file keeps:
+
+- everything of a link ends together: writer, reader, the tasks started in `nursery`; `run` returns why;
+- silence counts against the other end only while we wait for its bytes, never while our own handler is slow.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import trio
+
+from grid.core.noise import Buffer
+from grid.transport.channel import SecureChannel
+from grid.transport.errors import ChannelClosed
+from grid.transport.limits import BULK_BYTES_MIN, CLOSE_S, DEAD_S, KEEPALIVE_S, MESSAGE_BYTES_MAX, TICK_S
+from grid.transport.outbox import BYE, PING, Frame, Outbox
+
+_HEADER: Final = struct.Struct(">BII")
+_BULK: Final = 0x80
+IN_USE: Final = 1
+"""Id of a ping whose sender wants to keep the connection although it has nothing to say."""
+
+
+class Link:
+    """Runs one SecureChannel for one Outbox. `end` may be called at any time, from any task of the same thread."""
+
+    def __init__(self, channel: SecureChannel, outbox: Outbox, first: bytes | None = None) -> None:
+        """first: a record to send before all frames (a responder's verdict)."""
+        self.channel = channel
+        self.peer = channel.peer
+        self.outbox = outbox
+        self.active = True
+        self.keep = False
+        self.announced = trio.Event()
+        """Set by the owner once its handler knows of this connection."""
+        self.last_used = trio.current_time()
+        """When a frame other than a ping went either way."""
+        self.nursery: trio.Nursery
+        """For tasks that make no sense without this link; cancelled with it."""
+        self._first = first
+        self._why = ""
+        self._last_sent = trio.current_time()
+        self._scope = trio.CancelScope()
+
+    def end(self, why: str) -> None:
+        """Stop at once; `run` will return `why`."""
+        self._why = self._why or why
+        self.active = False
+        self._scope.cancel()
+
+    def finish(self, why: str) -> None:
+        """Send what is queued, say goodbye, keep reading until the other end closes (CLOSE_S at most)."""
+        self.outbox.force(Frame(BYE, 0, why.encode()))
+
+    async def run(self, on_frame: Callable[[Frame], Awaitable[None]]) -> str:
+        """Serve until either end stops; then the connection is closed and the reason returned."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as self.nursery:
+                    self.nursery.start_soon(self._write)
+                    self.nursery.start_soon(self._tend)
+                    await self._read(on_frame)
+        finally:
+            self.active = False
+            await self.channel.aclose()
+        return self._why
+
+    async def _write(self) -> None:
+        try:
+            if self._first is not None:
+                await self.channel.send(self._first)
+            while True:
+                await self.outbox.wait()
+                if not self.active:
+                    return
+                batch = self.outbox.take()
+                await self.channel.send(*_records(batch))
+                self._last_sent = trio.current_time()
+                if batch[-1].kind == BYE:
+                    await trio.sleep(CLOSE_S)
+                    self.end(f"closed: {bytes(batch[-1].payload).decode()}")
+                if len(batch) > 1 or batch[0].kind != PING:
+                    self.last_used = self._last_sent
+        except ChannelClosed as error:
+            self.end(str(error))
+
+    async def _read(self, on_frame: Callable[[Frame], Awaitable[None]]) -> None:
+        try:
+            while True:
+                await self._one_record(await self.channel.receive(), on_frame)
+        except ChannelClosed as error:
+            self.end(str(error))
+
+    async def _one_record(self, record: bytes, on_frame: Callable[[Frame], Awaitable[None]]) -> None:
+        place, size = 0, len(record)
+        while place < size:
+            if size - place < _HEADER.size:
+                raise ChannelClosed("the other end broke the frame format")
+            kind, number, length = _HEADER.unpack_from(record, place)
+            place += _HEADER.size
+            payload: bytes
+            if kind & _BULK:
+                payload = await self.channel.receive()
+            else:
+                payload = record[place : place + length]
+                place += length
+            if len(payload) != length or length > MESSAGE_BYTES_MAX:
+                raise ChannelClosed("the other end broke the frame format")
+            if kind == PING:
+                if number == IN_USE:
+                    self.last_used = trio.current_time()
+            elif kind == BYE:
+                raise ChannelClosed(f"the other end closed it: {payload[:200].decode(errors='replace')}")
+            else:
+                self.last_used = trio.current_time()
+                await on_frame(Frame(kind & ~_BULK, number, payload))
+
+    async def _tend(self) -> None:
+        before = trio.current_time()
+        while True:
+            await trio.sleep(TICK_S)
+            now = trio.current_time()
+            stalled, before = now - before > 2 * TICK_S, now  # this process itself stood still: bytes may be waiting
+            since = self.channel.waiting_since
+            if since is not None and now - since > DEAD_S and not stalled:
+                self.end(f"no sign of life for {DEAD_S:g} s")
+            if now - self._last_sent > KEEPALIVE_S - TICK_S / 2 and not len(self.outbox):
+                self.outbox.force(Frame(PING, IN_USE if self.keep else 0, b""))
+
+
+def _records(batch: list[Frame]) -> list[Buffer]:
+    """The batch as one record, and a bulk payload (always the last frame's) as a second."""
+    parts: list[Buffer] = []
+    bulk: list[Buffer] = []
+    for frame in batch:
+        length = len(frame.payload)
+        if length >= BULK_BYTES_MIN:
+            parts.append(_HEADER.pack(frame.kind | _BULK, frame.id, length))
+            bulk.append(frame.payload)
+        else:
+            parts.append(_HEADER.pack(frame.kind, frame.id, length))
+            parts.append(frame.payload)
+    return [b"".join(parts), *bulk]

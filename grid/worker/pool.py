@@ -1,0 +1,298 @@
+"""All children of a peer: spare fork servers, the jobs' processes, and the watch over their memory.
+
+`WorkerPool.run` holds the one nursery in which everything here runs; leaving it kills every child. A job's processes are
+forked by a fork server of its own, never shared between jobs. Spare servers of the bare environment wait for the next job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Final
+
+import msgspec
+import trio
+
+from grid.api import wire
+from grid.worker import memory
+from grid.worker.environment import Environment
+from grid.worker.fork_server import CHANNEL_BUFFER_BYTES, ForkServer, WorkerStartError
+from grid.worker.process import Child, ChildGone, shared_cell
+from grid.worker.sandbox import Bind, NoSandbox, Sandbox
+
+__all__ = ["Child", "ChildGone", "JobProcesses", "WorkerPool", "WorkerStartError"]
+
+READY_S_MAX: Final = 60.0
+"""From fork to Ready; a swapping machine takes seconds."""
+MEMORY_POLL_S: Final = 0.2
+"""A greedy task takes at most about this much time's worth of page faults (some 1 GB) more than its limit."""
+AVAILABLE_SHARE_MIN: Final = 0.04
+"""Of the machine's memory; below it the kernel would choose a victim, perhaps the peer: we choose the largest child."""
+RELIEF_S: Final = 1.0
+"""Between two such kills, so that the memory of the first is back before a second is chosen."""
+
+
+class WorkerPool:
+    """Owns all child processes of this peer."""
+
+    def __init__(self, *, spare_zygotes: int = 1, kill_grace_s: float = 2.0, memory_poll_s: float = MEMORY_POLL_S) -> None:
+        self._spares_wanted = spare_zygotes
+        self.kill_grace_s = kill_grace_s
+        self._memory_poll_s = memory_poll_s
+        self._spares: list[ForkServer] = []
+        self._spare_taken = trio.Event()
+        self._jobs: set[JobProcesses] = set()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; then every child is killed."""
+        async with trio.open_nursery() as self._nursery:
+            try:
+                self._nursery.start_soon(self._keep_spares)
+                self._nursery.start_soon(self._watch_memory)
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                self._nursery.cancel_scope.cancel()
+
+    async def open_job(
+        self,
+        *,
+        setup: wire.Setup,
+        environment: Environment | None = None,
+        memory_bytes_max: int | None = None,
+        sandbox: Sandbox | None = None,
+        binds: Sequence[Bind] = (),
+    ) -> JobProcesses:
+        """Return a place for one job's processes, with its fork server started. Raises WorkerStartError.
+
+        `setup` is what its workers get. No `environment`: the bare standard library. `memory_bytes_max`: a worker's.
+        """
+        if self._nursery is None:
+            raise WorkerStartError("the pool does not run")
+        job = JobProcesses(
+            self, setup, environment or Environment.bare(), memory_bytes_max or 0, sandbox or NoSandbox(), binds
+        )
+        self._jobs.add(job)
+        try:
+            await self._nursery.start(job.run)
+        except BaseException:
+            self._jobs.discard(job)
+            raise
+        return job
+
+    def children(self) -> list[Child]:
+        """All that live."""
+        return [child for job in self._jobs for child in job.children]
+
+    def take_server(self, environment: Environment, sandbox: Sandbox, binds: Sequence[Bind]) -> ForkServer | None:
+        """A spare fork server if one fits."""
+        if not environment.is_bare or not isinstance(sandbox, NoSandbox):
+            return None
+        while self._spares:
+            server = self._spares.pop(0)
+            self._spare_taken.set()
+            if not server.gone.is_set():
+                return server
+        return None
+
+    def start_server(self, environment: Environment, sandbox: Sandbox, binds: Sequence[Bind]) -> ForkServer:
+        """Start a fork server, which runs in the pool's nursery. Raises WorkerStartError."""
+        assert self._nursery is not None
+        server = ForkServer.start(environment, sandbox, binds)
+        self._nursery.start_soon(server.run)
+        return server
+
+    def forget(self, job: JobProcesses) -> None:
+        """The job has closed."""
+        self._jobs.discard(job)
+
+    async def _keep_spares(self) -> None:
+        bare = Environment.bare()
+        pause_s = 1.0
+        while True:
+            self._spare_taken = trio.Event()
+            self._spares = [server for server in self._spares if not server.gone.is_set()]
+            if len(self._spares) >= self._spares_wanted:
+                await self._spare_taken.wait()
+                continue
+            try:
+                server = self.start_server(bare, NoSandbox(), ())
+                await server.wait_ready()
+            except WorkerStartError:  # each job will be told; perhaps it is a passing lack of memory
+                await trio.sleep(pause_s)
+                pause_s = min(60.0, 2 * pause_s)
+                continue
+            pause_s = 1.0
+            self._spares.append(server)
+
+    async def _watch_memory(self) -> None:
+        total, _ = memory.machine_bytes()
+        relieved_at = -RELIEF_S
+        while True:
+            await trio.sleep(self._memory_poll_s)
+            children = self.children()
+            sizes = {child: child.rss_bytes() for child in children}
+            for child, size in sizes.items():
+                if child.memory_bytes_max and size > child.memory_bytes_max:
+                    child.kill("memory")
+            _, available = memory.machine_bytes()
+            now = trio.current_time()
+            if sizes and available < AVAILABLE_SHARE_MIN * total and now - relieved_at > RELIEF_S:
+                relieved_at = now
+                # Drivers last: a worker's tasks run again elsewhere, a driver is the job.
+                max(sizes, key=lambda child: (child.role == "worker", sizes[child])).kill("memory")
+
+
+class JobProcesses:
+    """The processes of one job on this peer. Made by `WorkerPool.open_job`."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        setup: wire.Setup,
+        environment: Environment,
+        memory_bytes_max: int,
+        sandbox: Sandbox,
+        binds: Sequence[Bind],
+    ) -> None:
+        self.environment = environment
+        self.children: list[Child] = []
+        self._pool = pool
+        self._setup = setup
+        self._memory_bytes_max = memory_bytes_max
+        self._sandbox = sandbox
+        self._binds = binds
+        self._server: ForkServer | None = None
+        self._server_lock = trio.Lock()
+        self._closing = trio.Event()
+        self._closed = trio.Event()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Started by the pool: lives until `aclose`."""
+        try:
+            await self._ready_server()
+            async with trio.open_nursery() as self._nursery:
+                task_status.started()
+                await self._closing.wait()
+                self._nursery.cancel_scope.cancel()
+        finally:
+            self._closing.set()
+            if self._server is not None:
+                self._server.close()
+                with trio.CancelScope(shield=True):
+                    await self._server.gone.wait()
+            for child in self.children:
+                child.close()
+            self._pool.forget(self)
+            self._closed.set()
+
+    async def start_worker(self) -> Child:
+        """Fork a worker and return it when it is ready for frames. Raises WorkerStartError."""
+        return await self._start("worker", self._setup, {}, self._memory_bytes_max)
+
+    async def start_driver(
+        self, setup: wire.Setup, *, stdin: int | None, stdout: int, stderr: int, memory_bytes_max: int | None = None
+    ) -> Child:
+        """Fork the driver on the given descriptors, which stay the caller's. Raises WorkerStartError."""
+        fds = {"stdout": stdout, "stderr": stderr} | ({} if stdin is None else {"stdin": stdin})
+        return await self._start("driver", setup, fds, memory_bytes_max or 0)
+
+    async def aclose(self) -> None:
+        """Kill all the job's processes and wait until they are gone. Idempotent."""
+        self._closing.set()
+        await self._closed.wait()
+
+    async def _ready_server(self) -> ForkServer:
+        """The job's fork server, started anew if it was lost."""
+        async with self._server_lock:
+            if self._server is not None and not self._server.gone.is_set():
+                return self._server
+            if self._closing.is_set():
+                raise WorkerStartError("the job's processes are closed")
+            self._server = self._pool.take_server(
+                self.environment, self._sandbox, self._binds
+            ) or self._pool.start_server(self.environment, self._sandbox, self._binds)
+            await self._server.wait_ready()
+            return self._server
+
+    async def _start(self, role: str, setup: wire.Setup, fds: Mapping[str, int], memory_bytes_max: int) -> Child:
+        server = await self._ready_server()
+        assert self._nursery is not None
+        async with _open_child(role, fds) as (child, handed, pipes):
+            number, pid = await server.fork(role, handed, memory_bytes_max, functools.partial(self._on_exit, child))
+            child.memory_bytes_max = memory_bytes_max
+            child.on_fork(pid, functools.partial(server.kill, number))
+            if not child.exited.is_set():
+                self.children.append(child)
+            for pipe, fd in pipes:
+                child.add_pipe()
+                self._nursery.start_soon(child.drain, pipe, fd)
+            pipes.clear()
+            self._nursery.start_soon(child.write)
+        try:
+            await self._greet(child, msgspec.structs.replace(setup, role=role))
+        except BaseException:
+            child.kill("start")
+            child.close()
+            raise
+        return child
+
+    async def _greet(self, child: Child, setup: wire.Setup) -> None:
+        """Send the setup and wait for the child's first frame."""
+        said = b""
+        with trio.move_on_after(READY_S_MAX) as scope, contextlib.suppress(ChildGone):
+            await child.send(setup)
+            async for message, body in child.frames:
+                if isinstance(message, wire.Ready):
+                    child.python = message.python
+                    return
+                said += body if isinstance(message, wire.Print) else b""
+        if scope.cancelled_caught:
+            raise WorkerStartError(f"a {child.role} of the job was not ready within {READY_S_MAX:.0f} s")
+        lines = said.decode(errors="replace").strip().splitlines()
+        raise WorkerStartError(f"a {child.role} of the job ended as it started" + (f": {lines[-1]}" if lines else ""))
+
+    def _on_exit(self, child: Child, status: int | None) -> None:
+        with contextlib.suppress(ValueError):
+            self.children.remove(child)
+        child.on_exit(status)
+
+
+@contextlib.asynccontextmanager
+async def _open_child(
+    role: str, fds: Mapping[str, int]
+) -> AsyncIterator[tuple[Child, dict[str, int], list[tuple[int, int]]]]:
+    """Make a child's channel, cell and pipes; yield (child, descriptors to hand over, our ends of pipes to drain)."""
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CHANNEL_BUFFER_BYTES)
+    mine = [theirs.detach()]
+    handed = {"channel": mine[0], **fds}
+    pipes: list[tuple[int, int]] = []
+    cell = None
+    try:
+        if role == "worker":
+            cell_fd, cell = shared_cell()
+            mine.append(cell_fd)
+            handed["progress"] = cell_fd
+            for name, fd in (("stdout", 1), ("stderr", 2)):
+                read, write = os.pipe()
+                mine.append(write)
+                pipes.append((read, fd))
+                handed[name] = write
+        child = Child(role, ours, cell)
+        try:
+            yield child, handed, pipes
+        except BaseException:
+            child.close()
+            raise
+    finally:
+        for fd in mine:
+            os.close(fd)
+        for read, _ in pipes:
+            os.close(read)

@@ -1,0 +1,88 @@
+"""A peer's slots and who may use them: every site of every job on this machine shares them fairly.
+
+Rules: `pump` is the only place where work is handed to workers; it never waits, and may be called from anywhere at any
+time; the job with the fewest busy slots goes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+if TYPE_CHECKING:
+    from grid.site import Site
+    from grid.worker.pool import WorkerPool
+
+TIMEOUT_CHECK_S = 0.05
+"""How late a task's time limit may be noticed."""
+REST_CHECK_S = 5.0
+"""How often idle workers are looked for."""
+
+
+class Workshop:
+    """Slots, the worker pool, the sites."""
+
+    def __init__(self, pool: WorkerPool, slots: int) -> None:
+        assert slots >= 0
+        self.pool = pool
+        self.slots = slots
+        self.sites: list[Site] = []
+        self.hungry: Callable[[], None] = lambda: None
+        self.draining = False
+        self._pumping = False
+        self._again = False
+
+    @property
+    def busy(self) -> int:
+        """Slots in use."""
+        return sum(site.busy for site in self.sites)
+
+    @property
+    def free(self) -> int:
+        """Slots that wait for work."""
+        return max(0, self.slots - self.busy)
+
+    def pump(self) -> None:
+        """Hand out what can be handed out now."""
+        if self._pumping:
+            self._again = True
+            return
+        self._pumping = True
+        try:
+            while True:
+                self._again = False
+                self._share()
+                if not self._again:
+                    break
+        finally:
+            self._pumping = False
+        self.hungry()
+
+    def _share(self) -> None:
+        waiting = [site for site in self.sites if site.deque]
+        free = self.free
+        while free > 0 and waiting and not self.draining:
+            site = min(waiting, key=lambda s: s.busy)
+            used = site.feed(free)
+            if used <= 0:
+                waiting.remove(site)
+            free -= used
+        for site in self.sites:
+            if site.deque:
+                site.feed_ahead()
+
+    async def watch(self) -> None:
+        """Time limits and idle workers, until cancelled."""
+        rested_s = trio.current_time()
+        while True:
+            await trio.sleep(TIMEOUT_CHECK_S)
+            for site in self.sites:
+                if site.has_timeouts:
+                    site.check_timeouts()
+            now_s = trio.current_time()
+            if now_s - rested_s >= REST_CHECK_S:
+                rested_s = now_s
+                for site in self.sites:
+                    site.rest(now_s)
