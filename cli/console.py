@@ -42,7 +42,8 @@ class Console:
         self.debug = False
         self._live: list[str] = []
         self._drawn = 0
-        self._at_line_start = True
+        self._at_line_start = True  # where the cursor of stdout is
+        self._at_error_line_start = True
 
     # -- data
 
@@ -90,12 +91,24 @@ class Console:
     def say(self, text: str = "", style: str = "") -> None:
         """Print a line for a person."""
         self._erase()
+        self._fresh_line()
         self._error_text((paint(text, style) if style and is_terminal(sys.stderr) else text) + "\n")
         self._draw()
+
+    def raw_stderr(self, data: bytes) -> None:
+        """Pass bytes to stderr as they are."""
+        if data:
+            self._erase()
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.buffer.write(data)
+                sys.stderr.flush()
+            self._at_error_line_start = data.endswith(b"\n")
+            self._draw()
 
     def fail(self, error: ControlError) -> None:
         """Print an error: one line, or one JSON object on stdout."""
         self.live([])
+        self._fresh_line()
         message, hint = _one_line(error.message), _one_line(error.hint)
         if self.json:
             with contextlib.suppress(StdoutClosed):
@@ -118,9 +131,17 @@ class Console:
             self._error_text(f"\x1b[{self._drawn}A\r\x1b[J")
             self._drawn = 0
 
+    def _mid_line(self) -> bool:
+        """Whether the cursor of the terminal stands behind unfinished output."""
+        return (not self._at_line_start and is_terminal(sys.stdout)) or not self._at_error_line_start
+
+    def _fresh_line(self) -> None:
+        if is_terminal(sys.stderr) and self._mid_line():
+            self._error_text("\n")
+            self._at_line_start = self._at_error_line_start = True
+
     def _draw(self) -> None:
-        shares_line = not self._at_line_start and is_terminal(sys.stdout)
-        if self._live and not shares_line:
+        if self._live and not self._mid_line():
             width = shutil.get_terminal_size().columns - 1
             self._error_text("".join(f"{line[:width]}\n" for line in self._live))
             self._drawn = len(self._live)

@@ -9,8 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import typer
-
     from grid.api.client import ControlError
 
 
@@ -64,7 +62,7 @@ def _run(name: str, argv: list[str]) -> int:
     console.json, console.debug = _wants_json(name, argv), False
     click_error = typer.BadParameter.__mro__[2]  # ClickException: typer carries its own copy of click
     try:
-        command = typer.main.get_command(_app(name))
+        command = _command(name)
         return int(command.main(argv, prog_name="grid", standalone_mode=False) or 0)
     except ControlError as error:
         if console.debug:
@@ -86,10 +84,13 @@ def _run(name: str, argv: list[str]) -> int:
         return status_of(failure, name)
 
 
-def _app(name: str) -> typer.Typer:
+def _command(name: str) -> Any:
+    """Return the click command for this command line: with the one subcommand that is named, or with all."""
     import importlib
 
     import typer
+
+    from cli.light import lighten, lighten_help
 
     app = typer.Typer(
         help="A peer-to-peer compute grid: one command joins this machine, one runs a Python script on all of them.",
@@ -104,11 +105,16 @@ def _app(name: str) -> typer.Typer:
         if version:
             raise typer.Exit(_version())
 
+    functions = {}
     for command, (module, function, panel, settings) in COMMANDS.items():
-        if name in (command, "") or name not in COMMANDS:
-            register = app.command(command, rich_help_panel=panel, context_settings=settings)
-            register(getattr(importlib.import_module(module), function))
-    return app
+        if name == command or name not in COMMANDS:
+            functions[command] = getattr(importlib.import_module(module), function)
+            app.command(command, rich_help_panel=panel, context_settings=settings)(functions[command])
+    group: Any = typer.main.get_command(app)
+    lighten_help(group)
+    for command, function in functions.items():
+        lighten(group.commands[command], function)
+    return group
 
 
 def _usage(error: Any, name: str) -> ControlError:
@@ -136,14 +142,11 @@ def _wants_json(name: str, argv: list[str]) -> bool:
 
 
 def _version() -> int:
-    from importlib.metadata import PackageNotFoundError, version
-
     from cli.console import StdoutClosed, console
+    from grid import __version__
 
     try:
-        console.data(f"grid {version('peergrid')}")
-    except PackageNotFoundError:
-        console.data("grid (not installed)")
+        console.data(f"grid {__version__}")
     except StdoutClosed:
         return 1
     return 0

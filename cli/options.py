@@ -23,9 +23,7 @@ def _set_debug(value: bool) -> bool:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.", callback=_set_json, is_eager=True)]
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug, is_eager=True, hidden=True)
-]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", callback=_set_debug, is_eager=True, hidden=True)]
 JobArgument = Annotated[
     str, typer.Argument(metavar="JOB", help="A job's id, any unique prefix of it, or 'last'.", show_default=False)
 ]

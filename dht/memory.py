@@ -482,7 +482,6 @@ class MemoryStream(HalfCloseableStream):
         late = bool(self._in.chunks) and not reset  # arrives after the close: answered with a reset then
         self._in.chunks.clear()
         if not silent:
-            self._in.waiting_bytes = 0
             if not reset and self._out.eof_at_s is None:
                 self._out.eof_at_s = self._out.arrival_s()
             if reset or late:

@@ -7,6 +7,7 @@ read whole only when it is about to leave this machine or to enter a frame.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -114,6 +115,15 @@ class Spool:
             Path(path).unlink(missing_ok=True)
             raise
         return SpoolFile(path)
+
+    def link(self, path: str) -> str:
+        """Another name, in this folder, for a file elsewhere (a copy where links can't be made)."""
+        name = self.path("link")
+        try:
+            os.link(path, name)
+        except OSError:
+            shutil.copyfile(path, name)
+        return name
 
     def as_file(self, body: Body) -> str:
         """The path of a file that holds just this body; written if need be (then the caller unlinks it, or the job's end)."""

@@ -23,15 +23,13 @@ from typing import Any
 import trio
 
 from grid.api import wire
-from grid.api.client import ControlError, Error, Event, Reply, Request, encode, request_decoder
+from grid.api.client import REQUEST_BYTES_MAX, ControlError, Error, Event, Reply, Request, encode, request_decoder
 from grid.config import ConfigError, Home
 
 CLIENTS_MAX = 64
 """Commands of one user at once; each may hold a frame in memory."""
 REQUESTS_PER_CLIENT_MAX = 16
 """Requests a client may have open; the commands have one."""
-REQUEST_BYTES_MAX = 1 << 20
-"""What a request's params may take; large things are staged as files and named."""
 REFUSAL_TIMEOUT_S = 1.0
 """A refusal fits any socket's buffer; this is for the client that made its own buffer tiny."""
 RECEIVE_BYTES = 64 << 10

@@ -72,6 +72,7 @@ class Leader:
         self._worked = worked
         self.functions: dict[bytes, Body] = {}
         self.settled_listeners: list[Callable[[int, int, int], None]] = []
+        self.giving: list[Work] = []
 
     def changed(self) -> None:
         """Progress for whoever watches."""
@@ -153,13 +154,13 @@ class Leader:
 
     def printed(self, message: wire.Print, data: bytes) -> None:
         """See `Uplink.printed`."""
-        self._print(self.me, message.stage, message.index, message.fd, data)
+        self.print_from(self.me, message.stage, message.index, message.fd, data)
 
     def relay(self, worker: SiteWorker, message: wire.Message, body: Body) -> None:
         """See `Uplink.relay`."""
 
-        def post(answer: wire.Message, data: Body) -> None:
-            post_body(self.spool, worker.child.post, answer, data)
+        def post(answer: wire.ToChild, data: Body) -> None:
+            post_body(self.spool, worker.post, answer, data)
 
         try:
             self.relay_from(worker, post, message, body)
@@ -175,8 +176,12 @@ class Leader:
 
     # ---- from anywhere ----
 
+    def print_from(self, peer: PeerId, stage: int, index: int, fd: int, data: bytes) -> None:
+        """A task on a peer wrote something."""
+        self._print(peer, stage, index, fd, data)
+
     def relay_from(
-        self, key: object, post: Callable[[wire.Message, Body], None], message: wire.Message, body: Body
+        self, key: object, post: Callable[[wire.ToChild, Body], None], message: wire.Message, body: Body
     ) -> None:
         """A frame of a task's child stages. Raises RefusedError."""
         producer = self._children.get(key)
@@ -189,6 +194,11 @@ class Leader:
         producer = self._children.pop(key, None)
         if producer is not None:
             producer.close()
+
+    def close_children(self, which: Callable[[object], bool]) -> None:
+        """Close the producers whose keys match: their peer is gone."""
+        for key in [key for key in self._children if which(key)]:
+            self.close_child(key)
 
     def complete(self, peer: PeerId, index: int, function: bytes, lo: int, hi: int, first: int, body: Body) -> int:
         """A peer finished tasks [lo, hi). Returns how many of them were new. Raises RefusedError."""
@@ -255,7 +265,7 @@ class Leader:
         """Once a heartbeat: requeue what nobody claims any more; returns it."""
         missing = {stage.index: self.ledger.missing(stage.index) for stage in self.ledger.stages if stage.unsettled}
         own = self.site.held()
-        for work in self._overflow:
+        for work in [*self._overflow, *self.giving]:
             own.setdefault(work.stage, RangeSet()).add(work.lo, work.hi)
         requeued = [Work(*lost) for lost in self.claims.sweep(missing, own, now_s)]
         for work in requeued:
@@ -271,7 +281,7 @@ class Leader:
 
 
 def post_body(
-    spool: bodies.Spool, post: Callable[[wire.Message, bytes], None], message: wire.Message, body: Body
+    spool: bodies.Spool, post: Callable[[wire.ToChild, bytes], None], message: wire.ToChild, body: Body
 ) -> None:
     """Send a frame to a local child, its body inline where it fits, else as a file that the child then owns."""
     if bodies.size_of(body) <= wire.INLINE_BYTES_MAX and not (isinstance(body, FileSlice) and body.whole):

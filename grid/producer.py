@@ -23,7 +23,7 @@ from grid.core.ledger import StageState
 if TYPE_CHECKING:
     from grid.leader import Leader
 
-Post = Callable[[wire.Message, Body], None]
+Post = Callable[[wire.ToChild, Body], None]
 
 
 @dataclass(slots=True)

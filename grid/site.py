@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from dht.core.identity import PeerId
 from grid import body as bodies
 from grid.api import wire
 from grid.body import Body
@@ -63,7 +64,9 @@ class Held:
     segment: Segment
     body: Body | None
     blob: bytes = b""
+    holders: tuple[PeerId, ...] = ()
     ready: bool = False  # body and refs are here
+    error: str = ""  # why it could not be fetched
 
 
 @dataclass(slots=True)
@@ -90,7 +93,7 @@ class Site:
         uplink: Uplink,
         nursery: trio.Nursery,
         fetch: Callable[[SiteStage, Held], Awaitable[None]],
-        requests: Callable[[Callable[[wire.Message], None], wire.Message, bytes], Awaitable[None]],
+        requests: Callable[[Callable[[wire.ToChild], None], wire.Message, bytes], Awaitable[None]],
     ) -> None:
         self.job = job
         self.workshop = workshop
@@ -109,6 +112,7 @@ class Site:
         self._requests = requests
         self._fetching: dict[tuple[int, int], list[Work]] = {}
         self._function_numbers: dict[bytes, int] = {}
+        self._function_hashes: list[bytes] = []
         self._dropped: dict[int, RangeSet] = {}
         self._start_failures = 0
         self._token = 0
@@ -122,10 +126,15 @@ class Site:
         number = self._function_numbers.get(function)
         if number is None:
             number = self._function_numbers[function] = len(self.functions)
+            self._function_hashes.append(function)
             self.functions.append(body)
         elif body is not None and self.functions[number] is None:
             self.functions[number] = body
         return number
+
+    def function_hash(self, stage: int) -> bytes:
+        """BLAKE3 of the stage's function."""
+        return self._function_hashes[self.stages[stage].fn]
 
     def add_stage(self, index: int, options: StageOptions, fn: int) -> SiteStage:
         """Ranges of this stage may be pushed from now on."""
@@ -134,13 +143,15 @@ class Site:
             stage = self.stages[index] = SiteStage(index, options, fn)
         return stage
 
-    def hold(self, stage: int, segment: Segment, body: Body | None, blob: bytes = b"") -> None:
+    def hold(
+        self, stage: int, segment: Segment, body: Body | None, blob: bytes = b"", holders: tuple[PeerId, ...] = ()
+    ) -> None:
         """A segment's bytes, or where they are to be had."""
         held = self.stages[stage].held
         self.stages[stage].segments.add(segment)
         known = held.get(segment.first)
         if known is None or (known.body is None and body is not None):
-            held[segment.first] = Held(segment, body, blob, ready=body is not None and not segment.refs)
+            held[segment.first] = Held(segment, body, blob, holders, ready=body is not None and not segment.refs)
 
     def push(self, works: list[Work], head: bool = False) -> None:
         """Ranges to run. Raises DequeFull."""

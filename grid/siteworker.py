@@ -6,12 +6,14 @@ the tickets it has not begun are asked back.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grid import body as bodies
 from grid.api import wire
 from grid.body import FileSlice
+from grid.worker.process import ChildGone
 
 if TYPE_CHECKING:
     from grid.site import Held, Site, SiteStage
@@ -57,9 +59,10 @@ class SiteWorker:
         """Slots in use."""
         return 0 if self.blocked or not self.tickets else self.cpus
 
-    def post(self, message: wire.Message, body: bytes = b"") -> None:
-        """Send without waiting; the channel's queue is bounded by the tickets a worker may have."""
-        self.child.post(message, body)
+    def post(self, message: wire.ToChild, body: bytes = b"") -> None:
+        """Send without waiting; the channel's queue is bounded by the tickets a worker may have and its credit."""
+        with contextlib.suppress(ChildGone):  # its end is told by the frames' end
+            self.child.post(message, body)
 
     def run(self, ticket: Ticket, stage: SiteStage, held: Held, site: Site) -> None:
         """Give it a bundle."""

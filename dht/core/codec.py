@@ -51,8 +51,9 @@ def _decoder(type_: Any) -> msgspec.msgpack.Decoder[Any]:
 
 def decode(data: bytes | bytearray | memoryview, type_: type[T]) -> T:
     """The value of `type_` that `data` holds. Raises `CodecError` for anything else, whatever is wrong with it."""
+    decoder = _decoder(type_)  # type: ignore[arg-type]  # a type that can't be decoded is the caller's fault
     try:
-        value: T = _decoder(type_).decode(data)  # type: ignore[arg-type]
+        value: T = decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise CodecError(f"not a {getattr(type_, '__name__', type_)}: {error}") from None
     return value

@@ -203,9 +203,7 @@ class Membership:
         """The leaf of another peer's verified chain. Raises `MembershipError`."""
         return self._cache.check(self.grid, chain, now_s, self.revoked)
 
-    def admit(
-        self, key: bytes, roles: Role, owner: bytes, now_s: float, lifetime_s: int = CERTIFICATE_LIFETIME_S
-    ) -> Chain:
+    def admit(self, key: bytes, roles: Role, owner: bytes, now_s: float, lifetime_s: int = CERTIFICATE_LIFETIME_S) -> Chain:
         """The chain of a joiner: this peer's own and a new certificate for `key`.
 
         An empty `owner` means the joiner's own. Raises `MembershipError` when this peer may not give that.

@@ -36,7 +36,7 @@ class Record(Struct, frozen=True):
 
     key: Bytes20
     kind: Annotated[str, msgspec.Meta(min_length=1, max_length=KIND_CHARS_MAX)]
-    seq: Annotated[int, msgspec.Meta(ge=0, lt=1 << 63)]
+    seq: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
     expires_s: Seconds
     value: Annotated[bytes, msgspec.Meta(max_length=VALUE_BYTES_MAX)]
     issuer: Bytes32

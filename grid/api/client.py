@@ -27,6 +27,8 @@ CONNECT_TIMEOUT_S = 5.0
 """Accepting on a local socket takes microseconds; a peer that is stopped (SIGSTOP) or wedged never does."""
 ANSWER_TIMEOUT_S = 60.0
 """For `call`: methods that answer at once. What may take longer is a `stream`, which has no limit."""
+REQUEST_BYTES_MAX = 1 << 20
+"""What a request's params may take; large things are staged as files and named."""
 RECEIVE_BYTES = 256 << 10
 
 
@@ -199,10 +201,10 @@ class Client:
         self.close()
 
     def _send(self, request: Request) -> None:
-        try:
-            frame = encode(request)
-        except ValueError:
-            raise ControlError("too-large", f"the request {request.method!r} is over 4 MiB", "") from None
+        frame = encode(request)
+        if len(frame) > REQUEST_BYTES_MAX:
+            message = f"the request {request.method!r} is over {REQUEST_BYTES_MAX >> 20} MiB"
+            raise ControlError("too-large", message, "are its arguments that long?")
         try:
             self._socket.sendall(frame)
         except TimeoutError:

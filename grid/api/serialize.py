@@ -126,7 +126,8 @@ class ClassTable:
 
     def index(self, class_: type) -> int:
         """Return the class's place in the table."""
-        return self._indexes.setdefault(class_, len(self._indexes))
+        with _names_lock:
+            return self._indexes.setdefault(class_, len(self._indexes))
 
     def __len__(self) -> int:
         return len(self._indexes)
@@ -279,6 +280,7 @@ class SegmentWriter:
         """Bytes gathered so far, but for scalars not flushed yet."""
         self._table = ClassTable() if table is None else table
         self._run: list[Any] = []
+        self._run_size = 0
         self._rows: list[bytes] = []
         self._parts: list[Buffer] = []
         self._buffers: list[memoryview] = []
@@ -290,6 +292,9 @@ class SegmentWriter:
         if type(value) in SCALARS and not _is_large(value):
             self._run.append(value)
             self.count += 1
+            if type(value) is str or type(value) is bytes:
+                self._run_size += len(value)
+                self.size += len(value)
             return
         large = _is_large(value) or (self.kind == MANY and type(value) is tuple and any(map(_is_large, value)))
         self.add_pickled(pickle_value(value, self._table, large))
@@ -298,6 +303,8 @@ class SegmentWriter:
         """Pickle the scalars gathered."""
         if self._run:
             self.count -= len(self._run)
+            self.size -= self._run_size
+            self._run_size = 0
             run, self._run = self._run, []
             self.add_batch(run)
 
@@ -428,9 +435,9 @@ def _load_chunks(
             if not count:
                 items.append(value)
             elif index < lo or (hi is not None and after > hi):
-                items += value[max(lo - index, 0) : None if hi is None else hi - index]
+                items.extend(value[max(lo - index, 0) : None if hi is None else hi - index])
             else:
-                items += value
+                items.extend(value)  # not +=, which numpy would take for an addition
         start += length
         area += buffers
         index = after

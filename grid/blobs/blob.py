@@ -19,6 +19,10 @@ BLOB_BYTES_MAX = 1 << 40
 """A terabyte: its list of chunk hashes is 32 MB. Nothing larger is accepted from others."""
 SMALL_BYTES_MAX = 64 << 10
 """Blobs up to this size may live in memory and, spilled, many to a file. The size at which drivers cut segments."""
+HASH_LIST_SUFFIX = b"#"
+"""A read of this name, a blob's id and the suffix, reads the BLAKE3 hashes of its chunks, 32 bytes each."""
+HASH_LIST_CHUNKS_MAX = 8192
+"""Chunk hashes in one such read: 256 KiB."""
 PARALLEL_HASH_BYTES_MIN = 1 << 20
 """Below this, waking more threads costs more than the hash."""
 
@@ -65,6 +69,11 @@ def blob_id_from_hex(text: str) -> BlobId:
 
 def total_bytes(buffers: tuple[Buffer, ...]) -> int:
     return sum(b.nbytes if isinstance(b, memoryview) else len(b) for b in buffers)
+
+
+def hash_list_name(blob: BlobId) -> bytes:
+    """What to read for the list of a blob's chunk hashes."""
+    return blob + HASH_LIST_SUFFIX
 
 
 def chunk_count(size: int) -> int:

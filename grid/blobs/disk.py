@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Protocol, TypeVar, TypeVarTuple, Unpack
 import trio
 from blake3 import blake3
 
-from grid.blobs.blob import PARALLEL_HASH_BYTES_MIN, BlobId, Buffer
+from grid.blobs.blob import PARALLEL_HASH_BYTES_MIN, BlobId, Buffer, chunk_span
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -56,7 +57,7 @@ class Disk(Protocol):
 
     def unlink(self, path: Path) -> None: ...
 
-    async def run(self, fn: Callable[[Unpack[Ts]], T], *args: Unpack[Ts]) -> T: ...
+    async def run(self, fn: Callable[[Unpack[Ts]], T], *args: *Ts) -> T: ...
 
 
 class RealDisk:
@@ -86,7 +87,7 @@ class RealDisk:
     def unlink(self, path: Path) -> None:
         os.unlink(path)
 
-    async def run(self, fn: Callable[[Unpack[Ts]], T], *args: Unpack[Ts]) -> T:
+    async def run(self, fn: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiter)
 
 
@@ -139,6 +140,97 @@ def hash_mapped(path: Path, size: int) -> BlobId:
     """BLAKE3 of a file through a map, on all cores: twice as fast, for files that nobody shrinks meanwhile."""
     hasher = blake3(max_threads=blake3.AUTO if size >= PARALLEL_HASH_BYTES_MIN else 1)
     return BlobId(hasher.update_mmap(path).digest())
+
+
+def read_range(disk: Disk, path: Path, offset: int, length: int) -> bytes:
+    """Exactly these bytes of a file; OSError if it is shorter."""
+    fd = disk.open(path, os.O_RDONLY)
+    try:
+        return _read_exactly(disk, fd, offset, length)
+    finally:
+        disk.close(fd)
+
+
+def hash_chunks(disk: Disk, path: Path, size: int, first: int, last: int) -> bytes:
+    """BLAKE3 of chunks [first, last) of a file, 32 bytes each; OSError if it is shorter."""
+    hashes = bytearray()
+    fd = disk.open(path, os.O_RDONLY)
+    try:
+        for index in range(first, last):
+            offset, length = chunk_span(size, index)
+            hashes += blake3(_read_exactly(disk, fd, offset, length)).digest()
+    finally:
+        disk.close(fd)
+    return bytes(hashes)
+
+
+def take_file(disk: Disk, path: Path, temp: Path, size: int, *, move: bool, sync: bool) -> BlobId:
+    """Turn someone's file of `size` bytes into a read-only one at `temp`, renamed or copied; return its hash.
+
+    Raises OSError, or ValueError if it is no regular file of that size; it stands at `path` again then.
+    """
+    try:
+        if move:
+            disk.replace(path, temp)
+            _check_regular(temp, size)  # before anything follows a link: only we reach it now
+            os.chmod(temp, FILE_MODE)
+            found = hash_mapped(temp, size)
+        else:
+            found = _copy_hashed(disk, path, temp, size)
+        _check_regular(temp, size)
+        if sync:
+            sync_file(disk, temp)
+        if not move:
+            disk.unlink(path)
+    except BaseException:
+        if move:
+            with suppress(OSError):
+                disk.replace(temp, path)
+        unlink_quietly(disk, temp)
+        raise
+    return found
+
+
+def _check_regular(path: Path, size: int) -> None:
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        raise ValueError("the file changed while it was stored")
+
+
+def _copy_hashed(disk: Disk, path: Path, temp: Path, size: int) -> BlobId:
+    hasher = blake3()
+    source = disk.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        target = disk.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            offset = 0
+            while offset < size and (data := disk.pread(source, min(READ_BYTES, size - offset), offset)):
+                hasher.update(data)
+                offset = write_all(disk, target, data, offset)
+        finally:
+            disk.close(target)
+    finally:
+        disk.close(source)
+    return BlobId(hasher.digest())
+
+
+def _read_exactly(disk: Disk, fd: int, offset: int, length: int) -> bytes:
+    data = disk.pread(fd, length, offset)
+    while len(data) < length:
+        more = disk.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            raise OSError(errno.EIO, "file is shorter than it was")
+        data += more
+    return data
+
+
+def sync_file(disk: Disk, path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    fd = disk.open(path, os.O_RDONLY)
+    try:
+        disk.fsync(fd)
+    finally:
+        disk.close(fd)
 
 
 def sync_folder(disk: Disk, folder: Path) -> None:

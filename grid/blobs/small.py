@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import KeysView
 from pathlib import Path
 
 from grid.blobs.blob import BlobId, blob_id
@@ -69,8 +70,10 @@ class SmallBlobs:
         pack = self._packed.get(blob)
         return self._read(pack, blob) if pack else None
 
-    def in_memory(self, blob: BlobId) -> bool:
-        return blob in self._memory
+    @property
+    def in_memory(self) -> KeysView[BlobId]:
+        """Blobs that take no disk, least recently used first."""
+        return self._memory.keys()
 
     @property
     def over(self) -> bool:

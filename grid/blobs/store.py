@@ -16,35 +16,34 @@ State changes happen only on trio's thread, between awaits; threads see nothing 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from blake3 import blake3
-
-from grid.blobs import blob as names
-from grid.blobs.blob import CHUNK_BYTES, SMALL_BYTES_MAX, BlobId, BlobMissing, Buffer, blob_id, chunk_count, chunk_span
-from grid.blobs.disk import (
-    Disk,
-    RealDisk,
-    allocated,
-    hash_file,
-    hash_mapped,
-    is_full,
-    sync_folder,
-    unlink_quietly,
-    write_all,
-    write_file,
+from grid.blobs import disk as files
+from grid.blobs.blob import (
+    BLOB_BYTES_MAX,
+    BLOB_ID_BYTES,
+    CHUNK_BYTES,
+    HASH_LIST_CHUNKS_MAX,
+    HASH_LIST_SUFFIX,
+    SMALL_BYTES_MAX,
+    BlobId,
+    BlobMissing,
+    Buffer,
+    StoreFull,
+    blob_id,
+    chunk_count,
+    total_bytes,
 )
+from grid.blobs.disk import Disk, RealDisk, allocated, unlink_quietly
+from grid.blobs.layout import Layout
+from grid.blobs.pins import Pins
 from grid.blobs.room import Room
-from grid.blobs.small import MEMORY_BYTES_MAX, SmallBlobs
+from grid.blobs.small import MEMORY_BYTES_MAX, PACK_BYTES, SmallBlobs
 from grid.blobs.writer import Writer
-
-T = TypeVar("T")
 
 RESTART = "restart"
 """Owner of the pins on all that was found at the start."""
@@ -52,24 +51,20 @@ PARTIAL_AGE_S_MAX = 24 * 3600
 """A fetch not taken up again within a day is not worth its space."""
 READ_BYTES_MAX = 16 << 20
 """One read; requests of others are 1 MiB."""
-HASH_LIST_CHUNKS_MAX = 8192
-"""Chunk hashes in one answer: 256 KiB."""
 HASH_LISTS_MAX = 64
 """Answers remembered, as several thieves ask for the same: 16 MiB at worst."""
 
 
 class _Entry:
-    """A blob held. stamp: the file's mtime in ns when its content was last seen to match; 0 never, -1 not in a file."""
+    """A blob held. stamp: the file's mtime in ns when its content was last seen to match, None if it never was."""
 
-    __slots__ = ("durable", "size", "stamp")
+    __slots__ = ("durable", "size", "small", "stamp")
 
-    def __init__(self, size: int, stamp: int, *, durable: bool) -> None:
+    def __init__(self, size: int, *, small: bool, stamp: int | None = None) -> None:
         self.size = size
+        self.small = small  # in memory or a pack, not in a file of its own
         self.stamp = stamp
-        self.durable = durable
-
-
-IN_SMALL = -1
+        self.durable = False
 
 
 class BlobStore:
@@ -85,17 +80,26 @@ class BlobStore:
     ) -> None:
         self.root = root
         self.disk: Disk = disk or RealDisk()
+        self._room = Room(root, quota_bytes, (self._free_partials, self._free_idle, self._free_packs))
         self._entries: dict[BlobId, _Entry] = {}
-        self._pins: dict[str, set[BlobId]] = {}
-        self._pin_counts: dict[BlobId, int] = {}
-        self._partials: OrderedDict[BlobId, int] = OrderedDict()  # disk bytes of fetches that nobody works on
+        self._idle: OrderedDict[BlobId, None] = OrderedDict()  # on disk and unpinned; least recently used first
+        self._pins = Pins()
+        self._partials: OrderedDict[BlobId, int] = OrderedDict()  # disk bytes of fetches nobody works on
         self._writing: set[BlobId] = set()
         self._hash_lists: OrderedDict[tuple[BlobId, int, int], bytes] = OrderedDict()
-        self._next_temp = 0
-        self.room = Room(root, quota_bytes, self._evict, self._sweep)
-        self._small = SmallBlobs(root / "packs", self.disk, memory_bytes_max)
-        self._make_folders()
-        self._index(clock())
+        self._keepers = 0
+        self._layout = Layout(root, self.disk)
+        self._small = SmallBlobs(self._layout.packs, self.disk, memory_bytes_max)
+        for blob, status in self._layout.blobs():
+            self._entries[blob] = _Entry(status.st_size, small=False)
+            self._room.used_bytes += allocated(status.st_size)
+            self._pins.add(RESTART, blob)
+        for blob, status in self._layout.partials():
+            if status.st_mtime < clock() - PARTIAL_AGE_S_MAX:
+                unlink_quietly(self.disk, self._layout.partial(blob))
+            else:
+                self._partials[blob] = allocated(status.st_size)
+                self._room.used_bytes += allocated(status.st_size)
 
     # ---- in ----
 
@@ -104,69 +108,87 @@ class BlobStore:
 
         durable: it survives a power cut once this returns.
         """
-        size = names.total_bytes(buffers)
+        size = total_bytes(buffers)
         if size <= SMALL_BYTES_MAX and not durable:
-            return self.put_now(buffers, owner=owner)
+            return self.put_now(buffers, owner)
         blob = await self.disk.run(blob_id, *buffers) if size > CHUNK_BYTES else blob_id(*buffers)
-        if not await self._intact(blob, in_file=True):
-            temp = self._temp()
-            await self._with_room(size, lambda: write_file(self.disk, temp, buffers, sync=durable))
-            self._publish(temp, blob, size)
-        return await self._finish(blob, durable=durable, owner=owner)
+        synced = False
+        if not await self.intact(blob):
+            temp = self._layout.temp()
+            await self._room.write(self.disk, size, lambda: files.write_file(self.disk, temp, buffers, sync=durable))
+            synced = self._publish(temp, blob, size) and durable
+        return await self._keep(blob, durable=durable, synced=synced, owner=owner)
 
     def put_now(self, buffers: Sequence[Buffer], owner: str = "") -> BlobId:
-        """Store a small blob (at most SMALL_BYTES_MAX, else ValueError) without awaiting. Raises StoreFull.
+        """Store a small blob (at most SMALL_BYTES_MAX, else ValueError) without awaiting. Raises StoreFull, OSError.
 
-        Now and then this writes a pack of 8 MiB.
+        Once in a while it writes a pack of 8 MiB.
         """
         data = b"".join(buffers)
         if len(data) > SMALL_BYTES_MAX:
             raise ValueError(f"{len(data)} bytes are no small blob")
         blob = blob_id(data)
         entry = self._entries.get(blob)
-        if entry is None or not entry.stamp:
-            self._forget(blob)  # a file of unknown content, from before the restart
+        if entry is not None and not entry.small and not self._unchanged(blob, entry):
+            self._judge(blob, entry, self._hash_now(blob))
+        if blob not in self._entries:
             while self._small.over:
                 self._spill()
             self._small.put(blob, data)
-            self._entries[blob] = _Entry(len(data), IN_SMALL, durable=False)
+            self._entries[blob] = _Entry(len(data), small=True)
         if owner:
             self.pin(owner, blob)
         self._touch(blob)
         return blob
 
     async def adopt(self, path: Path, durable: bool = False, owner: str = "", guard: bool = False) -> BlobId:
-        """Take over a file someone else wrote: hashed and renamed into place (copied if it is on another file system,
-        or has other names). The file at `path` is gone afterwards. Raises StoreFull, OSError, ValueError (no regular
-        file, or it changed meanwhile); then the file may be gone too.
+        """Take over a file that someone wrote: hashed, then renamed into place (copied if it is on another file system or
+        has other names). It is gone from `path` afterwards. Raises StoreFull (the file stays), OSError, ValueError (no
+        regular file, or it changed meanwhile).
 
-        guard: the writer is not trusted and may still have the file open: what is stored is a copy of our own.
+        guard: its writer isn't trusted and may still have it open; what is stored is a copy of our own.
         """
         status = os.lstat(path)
+        size = status.st_size
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is not a regular file")
-        temp = self._temp()
-        move = not guard and status.st_nlink == 1 and status.st_dev == self._device
-        blob = await self._with_room(status.st_size, lambda: self._take(path, temp, status.st_size, move, durable))
-        if self._known(blob):
-            unlink_quietly(self.disk, temp)
-            self.room.release(allocated(status.st_size))
-        else:
-            self._publish(temp, blob, status.st_size)
-        return await self._finish(blob, durable=durable, owner=owner)
+        if size <= SMALL_BYTES_MAX and not durable:
+            blob = self.put_now((files.read_range(self.disk, path, 0, size),), owner)
+            self.disk.unlink(path)
+            return blob
+        temp = self._layout.temp()
+        move = not guard and status.st_nlink == 1 and status.st_dev == self._layout.device
+        blob = await self._room.write(
+            self.disk, size, lambda: files.take_file(self.disk, path, temp, size, move=move, sync=durable)
+        )
+        synced = self._publish(temp, blob, size) and durable
+        return await self._keep(blob, durable=durable, synced=synced, owner=owner)
 
     def open_writer(self, blob: BlobId, size: int) -> Writer:
-        """Begin or take up again the fetch of a blob, chunk by chunk. One writer a blob. Raises StoreFull, OSError."""
-        if not 0 <= size <= names.BLOB_BYTES_MAX:
+        """Begin, or take up again, the fetch of a blob chunk by chunk. Raises StoreFull, OSError, ValueError."""
+        if not 0 <= size <= BLOB_BYTES_MAX:
             raise ValueError(f"no blob has {size} bytes")
         if blob in self._writing:
             raise RuntimeError("this blob has a writer already")
-        self.room.release(self._partials.pop(blob, 0))
-        self.room.reserve(allocated(size))
+        room, taken = self._room, allocated(size)
+        room.release(self._partials.pop(blob, 0))
+        room.reserve(taken)
+
+        async def publish(path: Path, durable: bool, owner: str) -> None:
+            synced = self._publish(path, blob, size) and durable
+            await self._keep(blob, durable=durable, synced=synced, owner=owner)
+
+        def ended(published: bool, kept: bool) -> None:
+            self._writing.discard(blob)
+            if kept:
+                self._partials[blob] = taken
+            elif not published:
+                room.release(taken)
+
         try:
-            writer = Writer(self, blob, size, self.root / "partial" / blob.hex())
+            writer = Writer(self.disk, room, self._layout.partial(blob), blob, size, publish, ended)
         except BaseException:
-            self.room.release(allocated(size))
+            room.release(taken)
             raise
         self._writing.add(blob)
         return writer
@@ -182,43 +204,41 @@ class BlobStore:
         entry = self._entries.get(blob)
         return entry.size if entry else None
 
-    async def path(self, blob: BlobId) -> Path | None:
-        """A read-only file with the blob's content; None if it isn't held or was damaged (then it is dropped).
+    async def intact(self, blob: BlobId) -> bool:
+        """Whether the blob is held and its file is what it should be; a damaged one is dropped."""
+        entry = self._entries.get(blob)
+        if entry is None or entry.small or self._unchanged(blob, entry):
+            return entry is not None
+        self._judge(blob, entry, await self.disk.run(self._hash_now, blob))
+        return blob in self._entries
 
-        The path is good until the blob is evicted: pin it. Raises StoreFull, OSError if a small blob needs a file first.
+    async def path(self, blob: BlobId) -> Path | None:
+        """A read-only file with the blob's content; None if it isn't held, or was damaged (then it is dropped).
+
+        It stays until the blob is evicted: pin first. Raises StoreFull, OSError where a small blob needs a file first.
         """
-        if not await self._intact(blob):
-            return None
-        entry = self._entries[blob]
-        if entry.stamp == IN_SMALL and not await self._to_file(blob):
+        if not await self.intact(blob) or not await self._in_file(blob):
             return None
         self._touch(blob)
-        return self._path(blob)
+        return self._layout.path(blob)
 
     async def read(self, blob: BlobId, offset: int, length: int) -> bytes:
-        """Bytes of a blob. Raises BlobMissing, or ValueError for a range that is not inside it (or over 16 MiB)."""
-        entry = self._entries.get(blob)
-        if entry is None or not await self._intact(blob):
+        """Bytes of a blob. Raises BlobMissing, or ValueError for a range that isn't inside it or is over 16 MiB."""
+        if not await self.intact(blob):
             raise BlobMissing(blob.hex())
-        if offset < 0 or not 0 <= length <= READ_BYTES_MAX or offset + length > entry.size:
-            raise ValueError(f"[{offset}, {offset + length}) is not a range of a blob of {entry.size} bytes")
+        size = self._entries[blob].size
+        if offset < 0 or not 0 <= length <= READ_BYTES_MAX or offset + length > size:
+            raise ValueError(f"[{offset}, {offset + length}) is no range of a blob of {size} bytes")
         self._touch(blob)
         data = self.read_now(blob)
         if data is not None:
             return data[offset : offset + length]
-        try:
-            data = await self.disk.run(self._read_file, blob, offset, length)
-        except OSError:
-            data = b""
-        if len(data) != length:
-            self._forget(blob)
-            raise BlobMissing(blob.hex())
-        return data
+        return await self._from_file(blob, files.read_range, offset, length)
 
     def read_now(self, blob: BlobId) -> bytes | None:
-        """All of a small blob if that needs no waiting (it is in memory or in a pack), else None."""
+        """All of a small blob if it is in memory or in a pack, else None."""
         entry = self._entries.get(blob)
-        if entry is None or entry.stamp != IN_SMALL:
+        if entry is None or not entry.small:
             return None
         data = self._small.get(blob)
         if data is None:
@@ -226,62 +246,67 @@ class BlobStore:
         return data
 
     async def chunk_hashes(self, blob: BlobId, first: int = 0, count: int = HASH_LIST_CHUNKS_MAX) -> bytes:
-        """BLAKE3 of each of `count` chunks from `first` on, 32 bytes each, fewer at the end. Raises BlobMissing, ValueError."""
+        """BLAKE3 of `count` chunks from `first` on (fewer at the end), 32 bytes each. Raises BlobMissing, ValueError."""
         if first < 0 or not 0 < count <= HASH_LIST_CHUNKS_MAX:
-            raise ValueError(f"{count} chunks from {first} on is no part of a list")
-        if not await self._intact(blob):
+            raise ValueError(f"{count} chunks from {first} on are no part of a list")
+        if not await self.intact(blob):
             raise BlobMissing(blob.hex())
-        key = (blob, first, count)
+        size = self._entries[blob].size
+        last = min(first + count, chunk_count(size))
+        if chunk_count(size) <= 1 or first >= last:
+            return blob if first < last else b""
+        key = (blob, first, last)
         hashes = self._hash_lists.get(key)
         if hashes is None:
-            size = self._entries[blob].size
-            data = self.read_now(blob)
-            if data is not None:
-                hashes = b"" if first or not data else blob_id(data)
-            else:
-                last = min(first + count, chunk_count(size))
-                hashes = await self.disk.run(self._hash_chunks, blob, size, first, last)
-            self._hash_lists[key] = hashes
+            hashes = self._hash_lists[key] = await self._from_file(blob, files.hash_chunks, size, first, last)
             if len(self._hash_lists) > HASH_LISTS_MAX:
                 self._hash_lists.popitem(last=False)
         return hashes
+
+    async def serve(self, name: bytes, offset: int, length: int) -> bytes | None:
+        """Answer another peer's read of a blob, or of its `hash_list_name`; None for what isn't here or makes no sense."""
+        try:
+            if len(name) == BLOB_ID_BYTES:
+                return await self.read(BlobId(name), offset, length) if length <= CHUNK_BYTES else None
+            if name[BLOB_ID_BYTES:] != HASH_LIST_SUFFIX or offset % BLOB_ID_BYTES or length % BLOB_ID_BYTES:
+                return None
+            blob = BlobId(name[:BLOB_ID_BYTES])
+            hashes = await self.chunk_hashes(blob, offset // BLOB_ID_BYTES, length // BLOB_ID_BYTES)
+            return hashes if len(hashes) == length else None
+        except (BlobMissing, ValueError):
+            return None
 
     # ---- keeping ----
 
     def pin(self, owner: str, blob: BlobId) -> None:
         """Keep a blob (held already, or as soon as it is) while `owner` wants it. Idempotent."""
-        pins = self._pins.setdefault(owner, set())
-        if blob not in pins:
-            pins.add(blob)
-            self._pin_counts[blob] = self._pin_counts.get(blob, 0) + 1
-            self.room.idle.pop(blob, None)
+        self._pins.add(owner, blob)
+        self._idle.pop(blob, None)
 
     def unpin(self, owner: str, blob: BlobId | None = None) -> None:
-        """Drop one pin of `owner`, or all. What nobody pins may be evicted from now on."""
-        pins = self._pins.get(owner, set())
-        dropped = pins & {blob} if blob is not None else set(pins)
-        pins -= dropped
-        if not pins:
-            self._pins.pop(owner, None)
-        for each in dropped:
-            self._pin_counts[each] -= 1
-            if not self._pin_counts[each]:
-                del self._pin_counts[each]
-                self._touch(each)
+        """Drop one pin of `owner`, or all of them. What nobody pins may be evicted from now on."""
+        for freed in self._pins.drop(owner, blob):
+            self._touch(freed)
 
     def pinned(self, blob: BlobId) -> bool:
-        return blob in self._pin_counts
+        """Whether anybody pins the blob."""
+        return blob in self._pins
 
     def discard(self, blob: BlobId) -> bool:
         """Delete a blob unless it is pinned; whether it is gone."""
-        if blob not in self._pin_counts:
+        if blob not in self._pins:
             self._forget(blob)
         return blob not in self._entries
 
     @property
     def used_bytes(self) -> int:
-        """Disk bytes taken, reservations included."""
-        return self.room.used_bytes
+        """Disk bytes taken (whole blocks), reservations included."""
+        return self._room.used_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of small blobs in memory."""
+        return self._small.memory_bytes
 
     def __iter__(self) -> Iterator[BlobId]:
         """Every blob held. The store must not change meanwhile."""
@@ -290,77 +315,158 @@ class BlobStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    # ---- start ----
+    # ---- files ----
 
-    def _make_folders(self) -> None:
-        for scratch in ("tmp", "packs"):
-            shutil.rmtree(self.root / scratch, ignore_errors=True)
-        for folder in ("tmp", "packs", "partial", *(f"{i:02x}" for i in range(256))):
-            (self.root / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._device = os.stat(self.root / "tmp").st_dev
-        sync_folder(self.disk, self.root)
+    def _publish(self, temp: Path, blob: BlobId, size: int) -> bool:
+        """Give a whole file, whose room is reserved, its name; whether it became the blob's file.
 
-    def _index(self, now_s: float) -> None:
-        found: list[tuple[float, BlobId, int]] = []
-        for number in range(256):
-            shard = f"{number:02x}"
-            with os.scandir(self.root / shard) as files:
-                for file in files:
-                    try:
-                        blob = names.blob_id_from_hex(shard + file.name)
-                    except ValueError:
-                        continue  # not ours: left alone
-                    if file.is_file(follow_symlinks=False):
-                        status = file.stat(follow_symlinks=False)
-                        found.append((status.st_mtime, blob, status.st_size))
-        for _, blob, size in sorted(found):
-            self._entries[blob] = _Entry(size, 0, durable=False)
-            self.room.used_bytes += allocated(size)
-            self.pin(RESTART, blob)
-        for path in sorted((self.root / "partial").iterdir(), key=lambda p: p.lstat().st_mtime):
-            if path.lstat().st_mtime < now_s - PARTIAL_AGE_S_MAX:
-                unlink_quietly(self.disk, path)
-            else:
-                size = allocated(path.lstat().st_size)
-                self._partials[names.blob_id_from_hex(path.name)] = size
-                self.room.used_bytes += size
+        Not awaiting: no eviction can come in between. A file that is there already stays, unless it is not known to be
+        good (then ours, which is, takes its place).
+        """
+        entry = self._entries.get(blob)
+        if entry is not None and not entry.small and self._unchanged(blob, entry):
+            unlink_quietly(self.disk, temp)
+            self._room.release(allocated(size))
+            return False
+        try:
+            stamp = os.stat(temp).st_mtime_ns
+            self.disk.replace(temp, self._layout.path(blob))
+        except OSError:
+            unlink_quietly(self.disk, temp)
+            self._room.release(allocated(size))
+            raise
+        if entry is not None:
+            self._room.release(self._small.drop(blob) if entry.small else allocated(entry.size))
+        self._entries[blob] = _Entry(size, small=False, stamp=stamp)
+        self._touch(blob)
+        return True
+
+    async def _keep(self, blob: BlobId, *, durable: bool, synced: bool, owner: str) -> BlobId:
+        """Pin what was published just now or long ago, and see it through to the platter. synced: its content is there."""
+        if owner:
+            self.pin(owner, blob)
+        self._touch(blob)
+        if durable:
+            self._keepers += 1
+            keeper = f"keeper {self._keepers}"  # no eviction before it is durable
+            self.pin(keeper, blob)
+            try:
+                await self._sync(blob, synced)
+            finally:
+                self.unpin(keeper)
+        return blob
+
+    async def _sync(self, blob: BlobId, synced: bool) -> None:
+        if not await self._in_file(blob):
+            raise BlobMissing(blob.hex())
+        entry, path = self._entries[blob], self._layout.path(blob)
+        if not entry.durable:
+            if not synced:
+                await self.disk.run(files.sync_file, self.disk, path)
+            await self.disk.run(files.sync_folder, self.disk, path.parent)
+            entry.durable = True
+
+    async def _in_file(self, blob: BlobId) -> bool:
+        """See to it that a blob has a file of its own; False if it got lost."""
+        entry = self._entries.get(blob)
+        if entry is None or not entry.small:
+            return entry is not None
+        data = self.read_now(blob)
+        if data is None:
+            return False
+        temp = self._layout.temp()
+        await self._room.write(self.disk, len(data), lambda: files.write_file(self.disk, temp, (data,), sync=False))
+        self._publish(temp, blob, len(data))
+        return True
+
+    async def _from_file(self, blob: BlobId, read: Callable[..., bytes], *args: int) -> bytes:
+        try:
+            return await self.disk.run(lambda: read(self.disk, self._layout.path(blob), *args))
+        except OSError:
+            self._forget(blob)
+            raise BlobMissing(blob.hex()) from None
+
+    def _unchanged(self, blob: BlobId, entry: _Entry) -> bool:
+        try:
+            status = os.stat(self._layout.path(blob), follow_symlinks=False)
+        except OSError:
+            return False
+        return entry.stamp == status.st_mtime_ns and entry.size == status.st_size
+
+    def _hash_now(self, blob: BlobId) -> int | None:
+        """The mtime of a file whose content matches its name, else None. Runs in threads."""
+        path = self._layout.path(blob)
+        try:
+            stamp = os.stat(path, follow_symlinks=False).st_mtime_ns
+            return stamp if files.hash_file(self.disk, path) == blob else None
+        except OSError:
+            return None
+
+    def _judge(self, blob: BlobId, entry: _Entry, stamp: int | None) -> None:
+        if stamp is not None:
+            entry.stamp = stamp
+        elif self._entries.get(blob) is entry:
+            self._forget(blob)
 
     # ---- room ----
 
-    async def _with_room(self, size: int, write: Callable[[], T]) -> T:
-        """Reserve, write in a thread; on a full disk evict and try once more. On any error nothing stays reserved."""
-        return await with_room(self.room, self.disk, size, write)
+    def _touch(self, blob: BlobId) -> None:
+        if blob in self._entries and blob not in self._pins and blob not in self._small.in_memory:
+            self._idle[blob] = None
+            self._idle.move_to_end(blob)
+
+    def _forget(self, blob: BlobId) -> None:
+        self._room.release(self._delete(blob))
+
+    def _delete(self, blob: BlobId) -> int:
+        """Delete a blob; return the disk bytes that freed (the caller gives them back)."""
+        entry = self._entries.pop(blob, None)
+        self._idle.pop(blob, None)
+        if entry is None:
+            return 0
+        if entry.small:
+            return self._small.drop(blob)
+        unlink_quietly(self.disk, self._layout.path(blob))
+        return allocated(entry.size)
 
     def _spill(self) -> None:
-        reserved = allocated(self._small.memory_bytes)  # more than a pack can take
-        reserved = min(reserved, allocated(SMALL_BYTES_MAX) + (8 << 20))
-        self.room.reserve(reserved)
+        """Move the oldest small blobs from memory to disk; where there is no room, drop those nobody pins."""
+        reserved = allocated(min(self._small.memory_bytes, PACK_BYTES + SMALL_BYTES_MAX))
         try:
-            spilled, taken = self._small.spill()
-        except OSError as error:
-            if is_full(error):
-                raise self.room.disk_full(reserved) from None
-            raise
-        finally:
-            self.room.release(reserved)
-        self.room.used_bytes += taken
+            self._room.reserve(reserved)
+            try:
+                spilled, taken = self._small.spill()
+            except OSError as error:
+                raise (self._room.disk_full(reserved) if files.is_full(error) else error) from None
+            finally:
+                self._room.release(reserved)
+        except StoreFull:
+            unpinned = [blob for blob in self._small.in_memory if blob not in self._pins]
+            if not unpinned:
+                raise
+            for blob in unpinned:
+                self._forget(blob)
+            return
+        self._room.used_bytes += taken
         for blob in spilled:
             self._touch(blob)
 
-    def _sweep(self, wanted: int) -> int:
-        """Free what is no blob: fetches nobody works on, dead parts of packs."""
+    def _free_partials(self, wanted: int) -> int:
         freed = 0
         while freed < wanted and self._partials:
             blob, size = self._partials.popitem(last=False)
-            unlink_quietly(self.disk, self.root / "partial" / blob.hex())
+            unlink_quietly(self.disk, self._layout.partial(blob))
             freed += size
         return freed
 
-    def _evict(self, blob: BlobId) -> int:
-        return 0
+    def _free_idle(self, wanted: int) -> int:
+        freed = 0
+        while freed < wanted and self._idle:
+            freed += self._delete(next(iter(self._idle)))
+        return freed
 
-    # ---- entries ----
-
-    def _path(self, blob: BlobId) -> Path:
-        name = blob.hex()
-        return self.root / name[:2] / name[2:]
+    def _free_packs(self, wanted: int) -> int:
+        try:
+            return self._small.compact()
+        except OSError:
+            return 0  # no room to make room

@@ -149,3 +149,5 @@ class Outcome(msgspec.Struct, array_like=True, frozen=True):
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     recovered: bool = False
+    signal: int = 0  # that ended the driver
+    code: str = ""  # of the error, for programs

@@ -35,6 +35,10 @@ class Claims:
         """What the peer claims of a stage."""
         return self._held.get(peer, {}).get(stage, RangeSet())
 
+    def total(self, peer: PeerId) -> int:
+        """Tasks the peer claims."""
+        return sum(ranges.count for ranges in self._held.get(peer, {}).values())
+
     def claim(self, peer: PeerId, held: StageRanges, now_s: float) -> None:
         """A heartbeat: replaces what the peer claimed before."""
         table: dict[int, RangeSet] = {}

@@ -30,7 +30,7 @@ from grid.transport.limits import (
 )
 from grid.transport.link import Link
 from grid.transport.outbox import DATA, MISSING, READ, Frame, Outbox
-from grid.transport.remote import Pending
+from grid.transport.pending import Pending
 
 ReadBlob = Callable[[PeerId, bytes, int, int], Awaitable[Buffer | None]]
 """(who asks, blob, offset, length ≤ BLOB_CHUNK_BYTES) → exactly those bytes, or None when they are not held."""
@@ -62,6 +62,8 @@ class BlobReader:
         finally:
             for pending in self._pending.values():
                 pending.fail(PeerUnreachable(self.peer, why))
+                self._places.release()
+            self._pending.clear()
 
     async def ask(self, blob: bytes, offset: int, length: int) -> Pending:
         """Send one read; its answer is awaited on what is returned. Waits for a place when too many are outstanding."""
@@ -157,9 +159,11 @@ async def _run(link: Link, on_frame: Callable[[Frame], Awaitable[None]]) -> str:
     """Run a link that is closed when nothing was read for a while."""
 
     async def watch() -> None:
-        while trio.current_time() - link.last_used < BLOB_IDLE_S:
-            await trio.sleep(BLOB_IDLE_S / 4)
-        link.finish("idle")
+        while True:
+            left_s = link.last_used + BLOB_IDLE_S - trio.current_time()
+            if left_s <= 0:
+                return link.finish("idle")
+            await trio.sleep(left_s)
 
     why = "this peer stops"
     async with trio.open_nursery() as nursery:

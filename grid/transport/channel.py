@@ -12,6 +12,7 @@ records behind u32 lengths. Rules this file keeps:
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -126,6 +127,8 @@ class SecureChannel:
         initiator: bool,
     ) -> None:
         self._stream = stream
+        self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
+        self._unsent = b""
         self._input = source
         self._sealer, self._opener = states
         self.hello = hello
@@ -139,6 +142,41 @@ class SecureChannel:
 
     async def send(self, *records: Buffer) -> None:
         """Send records, all in one write. Raises ChannelClosed; the channel is unusable after that or a cancel."""
+        buffer = self._sealed(records)
+        if self._unsent:
+            buffer, self._unsent = bytearray(self._unsent) + buffer, b""
+        try:
+            await self._stream.send_all(buffer)
+        except _LOST as error:
+            raise ChannelClosed("connection lost") from error
+
+    def send_now(self, record: Buffer) -> bool:
+        """Hand a small record to the kernel without waiting, while no other task sends.
+
+        False where the stream is no socket: nothing was done. What the kernel would not take (see `unsent`) goes out
+        before the next `send`. Raises ChannelClosed.
+        """
+        if self._socket is None:
+            return False
+        buffer = self._sealed((record,))
+        if self._unsent:
+            self._unsent += buffer
+            return True
+        try:
+            count = os.write(self._socket.fileno(), buffer)
+        except BlockingIOError:
+            count = 0
+        except (OSError, ValueError) as error:
+            raise ChannelClosed("connection lost") from error
+        self._unsent = bytes(buffer[count:])
+        return True
+
+    @property
+    def unsent(self) -> bool:
+        """Whether `send_now` left something that waits for a `send`."""
+        return bool(self._unsent)
+
+    def _sealed(self, records: tuple[Buffer, ...]) -> bytearray:
         buffer = bytearray(sum(map(len, records)) + len(records) * (_LENGTH.size + TAG_BYTES))
         view = memoryview(buffer)
         place = 0
@@ -152,10 +190,7 @@ class SecureChannel:
             if self._sealer.n % REKEY_RECORDS == 0:
                 self._sealer.rekey()
             place = body + size
-        try:
-            await self._stream.send_all(buffer)
-        except _LOST as error:
-            raise ChannelClosed("connection lost") from error
+        return buffer
 
     async def receive(self) -> bytes:
         """The next record. Raises ChannelClosed at the end, and for good when a record does not authenticate."""
@@ -171,10 +206,6 @@ class SecureChannel:
         if self._opener.n % REKEY_RECORDS == 0:
             self._opener.rekey()
         return record
-
-    async def send_verdict(self, verdict: Verdict) -> None:
-        """Responder: the first record, which ends the handshake."""
-        await self.send(codec.encode(verdict))
 
     async def aclose(self) -> None:
         """Close at once; never blocks."""

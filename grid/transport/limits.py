@@ -29,6 +29,8 @@ RECORD_BYTES_TARGET: Final = 64 << 10
 """Small frames are joined up to here into one record, which is one encryption and one send."""
 BULK_BYTES_MIN: Final = 16 << 10
 """A payload from here on is a record of its own behind the frame's header, so that it is never copied to be joined."""
+QUIET_S: Final = 50e-6
+"""A small frame after so long a silence is sent at once; sooner, it may be one of many and waits to be joined to them."""
 REKEY_RECORDS: Final = 1 << 16
 """64 GiB at most under one AES-GCM key, far below the bound of 2**38 bytes for a distinguishing chance of 2**-57."""
 RECEIVE_BUFFER_BYTES: Final = 64 << 10

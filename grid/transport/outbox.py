@@ -9,6 +9,7 @@ A frame is (kind, id, payload). Rules this file keeps:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import trio
@@ -52,6 +53,8 @@ class Outbox:
         self._work = trio.lowlevel.ParkingLot()
         self._failure: PeerUnreachable | None = None
         self._given_up = 0
+        self.shortcut: Callable[[Frame], bool] | None = None
+        """Asked first when nothing is queued: True when it has sent the frame already."""
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -62,6 +65,11 @@ class Outbox:
 
     def force(self, frame: Frame) -> None:
         """Queue regardless of the bound: for what the transport itself says."""
+        if self._frames or self.shortcut is None or not self.shortcut(frame):
+            self.append(frame)
+
+    def append(self, frame: Frame) -> None:
+        """Queue for the writer, regardless of bound and shortcut."""
         self._frames.append(frame)
         self._bytes += len(frame.payload) + FRAME_OVERHEAD_BYTES
         self._work.unpark()
@@ -116,7 +124,7 @@ class Outbox:
         self._frames.clear()
         self._bytes = 0
         for frame in kept:
-            self.force(frame)
+            self.append(frame)
         if not self.full:
             self._room.unpark()
 

@@ -9,11 +9,13 @@ from typing import TypeAlias
 import trio
 
 from dht.core.identity import PeerId
-from grid.transport.errors import PeerUnreachable, TransportError
+from grid.transport.blobs import BlobReader
+from grid.transport.errors import PeerUnreachable
 from grid.transport.hello import Hello
 from grid.transport.limits import INBOX_BYTES_MAX, INBOX_EVENTS_MAX, REQUESTS_RUNNING_MAX
 from grid.transport.link import Link
 from grid.transport.outbox import FRAME_OVERHEAD_BYTES, Outbox
+from grid.transport.pending import Pending
 
 
 class Up:
@@ -70,29 +72,6 @@ class Inbox:
         return event
 
 
-class Pending:
-    """One answer that is awaited."""
-
-    def __init__(self) -> None:
-        self._done = trio.Event()
-        self._value: bytes = b""
-        self._error: TransportError | None = None
-
-    def resolve(self, value: bytes) -> None:
-        self._value = value
-        self._done.set()
-
-    def fail(self, error: TransportError) -> None:
-        self._error = error
-        self._done.set()
-
-    async def wait(self) -> bytes:
-        await self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
 class Dial:
     """One attempt to connect, shared by all who want that peer."""
 
@@ -119,13 +98,20 @@ class Remote:
         self.wanted = False
         self.redialing = False
         self.failures = 0
+        self.why = "not connected"
+        """What the last failure to reach it said."""
         self.retry_at = 0.0
         """Trio's time before which nobody but an explicit connect dials again."""
         self.pending: dict[int, Pending] = {}
         self.numbers = count(1)
-        self.running: dict[int, trio.CancelScope] = {}
-        """Requests of theirs that are handled, by their number, on the present link."""
         self.slots = trio.Semaphore(REQUESTS_RUNNING_MAX)
+        """For requests of theirs that are handled."""
+        self.reader: BlobReader | None = None
+        self.reader_lock = trio.Lock()
+        self.called: trio.Event | None = None
+        """We asked it to dial us with a blob link; set when it did."""
+        self.serving = False
+        """We dial it with a blob link because it asked."""
 
     @property
     def forgettable(self) -> bool:
@@ -135,6 +121,9 @@ class Remote:
             or self.wanted
             or self.redialing
             or self.pending
+            or self.reader
+            or self.reader_lock.locked()
+            or self.serving
             or self.inbox.pumping
             or len(self.outbox)
             or len(self.inbox)

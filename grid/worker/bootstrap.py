@@ -24,9 +24,7 @@ class FolderFinder:
     def __init__(self, folders: dict[str, str]) -> None:
         self._folders = folders
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Part of the import protocol."""
         folder = self._folders.get(name)
         return None if folder is None else PathFinder.find_spec(name, [folder], target)
@@ -64,9 +62,9 @@ def prepare(arguments: list[str]) -> int:
 
     import site  # with -S this defines functions and does nothing
 
-    site.setquit()  # type: ignore[attr-defined]
-    site.setcopyright()  # type: ignore[attr-defined]
-    site.sethelper()  # type: ignore[attr-defined]
+    site.setquit()
+    site.setcopyright()
+    site.sethelper()
     known = set(sys.path)
     for folder in sites:
         site.addsitedir(folder, known)

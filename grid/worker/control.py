@@ -19,7 +19,7 @@ FDS_MAX = 8
 """Descriptors in one order; a fork takes five."""
 
 
-class Fork(wire.Message, tag=1):
+class Fork(wire.Message, tag=1, frozen=True):
     """Peer: fork child number `child`. One descriptor comes for each name in `fds`:
 
     channel, progress (both kept), stdin, stdout, stderr (put in place of 0, 1, 2; /dev/null where not given).
@@ -31,20 +31,20 @@ class Fork(wire.Message, tag=1):
     memory_bytes_max: int = 0  # 0: no limit
 
 
-class Kill(wire.Message, tag=2):
+class Kill(wire.Message, tag=2, frozen=True):
     """Peer: SIGKILL this child and all processes of its group."""
 
     child: int
 
 
-class Hello(wire.Message, tag=20):
+class Hello(wire.Message, tag=20, frozen=True):
     """Zygote: ready for orders."""
 
     pid: int
     python: str
 
 
-class Forked(wire.Message, tag=21):
+class Forked(wire.Message, tag=21, frozen=True):
     """Zygote: the child runs, or `error` says why not."""
 
     child: int
@@ -52,7 +52,7 @@ class Forked(wire.Message, tag=21):
     error: str = ""
 
 
-class Exited(wire.Message, tag=22):
+class Exited(wire.Message, tag=22, frozen=True):
     """Zygote: the child and its group are gone. status: exit code, or minus the signal."""
 
     child: int
@@ -75,9 +75,7 @@ class OrderReader:
 
     def read(self) -> list[tuple[Any, list[int]]] | None:
         """Receive once and return the orders that are now whole; None at the end of the stream."""
-        data, ancillary, _, _ = self._control.recvmsg(
-            64 << 10, socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)
-        )
+        data, ancillary, _, _ = self._control.recvmsg(64 << 10, socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize))
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds = array.array("i")

@@ -159,9 +159,7 @@ class ForkServer:
         self._forks[number] = forked, answer
         self._on_exit[number] = on_exit
         try:
-            control.send_order(
-                self._socket, control.Fork(number, role, tuple(fds), memory_bytes_max), list(fds.values())
-            )
+            control.send_order(self._socket, control.Fork(number, role, tuple(fds), memory_bytes_max), list(fds.values()))
         except OSError as error:
             self._on_exit.pop(number, None)
             self._forks.pop(number, None)
@@ -265,5 +263,5 @@ async def _wait(process: subprocess.Popen[bytes]) -> None:
                     await trio.lowlevel.wait_readable(fd)
             finally:
                 os.close(fd)
-    while process.poll() is None:
+    while process.poll() is None:  # noqa: ASYNC110 - nobody tells: it is a look at a process
         await trio.sleep(0.005)

@@ -73,9 +73,7 @@ class WorkerPool:
         """
         if self._nursery is None:
             raise WorkerStartError("the pool does not run")
-        job = JobProcesses(
-            self, setup, environment or Environment.bare(), memory_bytes_max or 0, sandbox or NoSandbox(), binds
-        )
+        job = JobProcesses(self, setup, environment or Environment.bare(), memory_bytes_max or 0, sandbox or NoSandbox(), binds)
         self._jobs.add(job)
         try:
             await self._nursery.start(job.run)
@@ -121,13 +119,13 @@ class WorkerPool:
                 continue
             try:
                 server = self.start_server(bare, NoSandbox(), ())
+                self._spares.append(server)  # a job may take it before it is ready: then they wait together
                 await server.wait_ready()
             except WorkerStartError:  # each job will be told; perhaps it is a passing lack of memory
                 await trio.sleep(pause_s)
                 pause_s = min(60.0, 2 * pause_s)
                 continue
             pause_s = 1.0
-            self._spares.append(server)
 
     async def _watch_memory(self) -> None:
         total, _ = memory.machine_bytes()
@@ -161,6 +159,8 @@ class JobProcesses:
     ) -> None:
         self.environment = environment
         self.children: list[Child] = []
+        """Those that live."""
+        self._opened: list[Child] = []
         self._pool = pool
         self._setup = setup
         self._memory_bytes_max = memory_bytes_max
@@ -186,7 +186,7 @@ class JobProcesses:
                 self._server.close()
                 with trio.CancelScope(shield=True):
                     await self._server.gone.wait()
-            for child in self.children:
+            for child in self._opened:
                 child.close()
             self._pool.forget(self)
             self._closed.set()
@@ -214,9 +214,9 @@ class JobProcesses:
                 return self._server
             if self._closing.is_set():
                 raise WorkerStartError("the job's processes are closed")
-            self._server = self._pool.take_server(
+            self._server = self._pool.take_server(self.environment, self._sandbox, self._binds) or self._pool.start_server(
                 self.environment, self._sandbox, self._binds
-            ) or self._pool.start_server(self.environment, self._sandbox, self._binds)
+            )
             await self._server.wait_ready()
             return self._server
 
@@ -227,6 +227,7 @@ class JobProcesses:
             number, pid = await server.fork(role, handed, memory_bytes_max, functools.partial(self._on_exit, child))
             child.memory_bytes_max = memory_bytes_max
             child.on_fork(pid, functools.partial(server.kill, number))
+            self._opened = [other for other in self._opened if not other.closed] + [child]
             if not child.exited.is_set():
                 self.children.append(child)
             for pipe, fd in pipes:
@@ -264,9 +265,7 @@ class JobProcesses:
 
 
 @contextlib.asynccontextmanager
-async def _open_child(
-    role: str, fds: Mapping[str, int]
-) -> AsyncIterator[tuple[Child, dict[str, int], list[tuple[int, int]]]]:
+async def _open_child(role: str, fds: Mapping[str, int]) -> AsyncIterator[tuple[Child, dict[str, int], list[tuple[int, int]]]]:
     """Make a child's channel, cell and pipes; yield (child, descriptors to hand over, our ends of pipes to drain)."""
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):

@@ -58,6 +58,7 @@ class Child:
         self._prints_bytes = 0
         self._prints_taken = trio.Event()
         self._reading: trio.CancelScope | None = None
+        self._linger_until: float | None = None
         self._ended = False
         self._pipes_open = 0
         self._pipes_ended = trio.Event()
@@ -75,6 +76,10 @@ class Child:
         waits while OUT_BYTES_MAX are on their way. Raises ChildGone."""
         while self._out_bytes > OUT_BYTES_MAX:
             await self._out_drained.wait()
+        self.post(message, *bodies)
+
+    def post(self, message: wire.ToChild, *bodies: wire.Buffer) -> None:
+        """Send one frame without ever waiting, for senders that bound what is under way themselves. Raises ChildGone."""
         length = sum(map(_nbytes, bodies))
         head = wire.encode(message, length)
         if type(message) is wire.Run:
@@ -109,7 +114,7 @@ class Child:
 
     async def write(self) -> None:
         """Background task: send what the socket would not take at once."""
-        while True:
+        while self._socket.fileno() >= 0:
             await self._out_waiting.wait()
             while self._out:
                 try:
@@ -133,7 +138,8 @@ class Child:
                 self._out.clear()
                 self._out_bytes = 0
             self._wake_senders()
-            self._out_waiting = trio.Event()
+            if self._socket.fileno() >= 0:
+                self._out_waiting = trio.Event()
 
     def _wake_senders(self) -> None:
         self._out_drained.set()
@@ -160,9 +166,10 @@ class Child:
                     self._stages.pop(message.ticket, None)
                 return message, body
             if self._ended:
+                self.close()
                 raise StopAsyncIteration
             with trio.CancelScope() as self._reading:
-                await self._read()
+                await (self._read() if self._linger_until is None else self._linger())
             self._reading = None
 
     async def _read(self) -> None:
@@ -178,16 +185,21 @@ class Child:
         except OSError:
             data = b""
         if not data:
-            with trio.move_on_after(LINGER_S):
-                await self._pipes_ended.wait()
-            self._ended = not self._prints
+            self._linger_until = trio.current_time() + LINGER_S
             return
         try:
             self._frames.extend(self._reader.feed(data))
         except wire.WireError:
             self.kill("protocol")
-            self._ended = True
+            self._linger_until = trio.current_time()
         await trio.lowlevel.checkpoint()
+
+    async def _linger(self) -> None:
+        """The channel has ended: wait for the last prints."""
+        assert self._linger_until is not None
+        with trio.move_on_at(self._linger_until) as scope:
+            await self._pipes_ended.wait()
+        self._ended = not self._prints and (self._pipes_ended.is_set() or scope.cancelled_caught)
 
     # ---- prints of C code and of subprocesses ------------------------------------------------------------------------
 
@@ -274,11 +286,17 @@ class Child:
         self.exited.set()
         self._wake_senders()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the channel was given up: by `close`, or because `frames` has ended."""
+        return self._socket.fileno() < 0
+
     def close(self) -> None:
         """Give the channel up; a waiting iterator ends."""
         if self._socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
+        self._out_waiting.set()
         self._wake_senders()
 
 
@@ -302,5 +320,3 @@ def shared_cell() -> tuple[int, mmap.mmap]:
     cell = mmap.mmap(fd, progress.CELL_BYTES)
     progress.CELL.pack_into(cell, 0, -1, 0, -1, -1)
     return fd, cell
-
-

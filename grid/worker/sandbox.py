@@ -21,9 +21,7 @@ class Bind:
 class Sandbox(Protocol):
     """How a zygote is started."""
 
-    def wrap(
-        self, argv: Sequence[str], env: Mapping[str, str], fds: Sequence[int], binds: Sequence[Bind]
-    ) -> list[str]:
+    def wrap(self, argv: Sequence[str], env: Mapping[str, str], fds: Sequence[int], binds: Sequence[Bind]) -> list[str]:
         """Return the command that runs `argv` with exactly `env`, the descriptors `fds` and `binds`. OSError: it can't."""
         ...
 
@@ -31,8 +29,6 @@ class Sandbox(Protocol):
 class NoSandbox:
     """Runs processes as they are, with all rights of the peer's user."""
 
-    def wrap(
-        self, argv: Sequence[str], env: Mapping[str, str], fds: Sequence[int], binds: Sequence[Bind]
-    ) -> list[str]:
+    def wrap(self, argv: Sequence[str], env: Mapping[str, str], fds: Sequence[int], binds: Sequence[Bind]) -> list[str]:
         """Return `argv`."""
         return list(argv)

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import importlib
 import os
 import resource
 import select
@@ -26,6 +27,8 @@ from typing import NoReturn
 from grid.api import wire
 from grid.worker import control
 
+API_MODULES = ("calls", "context", "errors", "files", "refs")
+"""What scripts and tasks are likely to use of grid.api."""
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -40,13 +43,13 @@ def _prctl(option: int, value: int) -> None:
 def preload() -> None:
     """Import what children need, so that forks share it."""
     import cloudpickle
-    import msgspec  # noqa: F401
 
-    import grid
     from grid.worker import child, driver_child  # noqa: F401
 
-    cloudpickle.loads(cloudpickle.dumps(preload))
-    assert grid
+    cloudpickle.loads(cloudpickle.dumps(lambda: None))  # what it imports on first use
+    for name in API_MODULES:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(f"grid.api.{name}")
 
 
 def serve(control_fd: int) -> Callable[[], int]:
@@ -104,7 +107,9 @@ class Zygote:
                     return None
                 for order, fds in orders:
                     become = self._obey(order, fds)
-                    if become is not None:
+                    if become is not None:  # we are a child: these numbers are other descriptors by now
+                        for own in (self._control, wake_read, wake_write):
+                            own.detach()
                         return become
 
     def end(self, status: int) -> NoReturn:

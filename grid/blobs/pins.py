@@ -1,0 +1,38 @@
+"""Who needs which blob: owners (jobs) pin names, whether the blobs are here yet or not."""
+
+from __future__ import annotations
+
+from grid.blobs.blob import BlobId
+
+
+class Pins:
+    """Sets of blobs by owner, counted by blob."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, set[BlobId]] = {}
+        self._counts: dict[BlobId, int] = {}
+
+    def __contains__(self, blob: BlobId) -> bool:
+        return blob in self._counts
+
+    def add(self, owner: str, blob: BlobId) -> None:
+        """Idempotent."""
+        pins = self._owners.setdefault(owner, set())
+        if blob not in pins:
+            pins.add(blob)
+            self._counts[blob] = self._counts.get(blob, 0) + 1
+
+    def drop(self, owner: str, blob: BlobId | None = None) -> list[BlobId]:
+        """Drop one pin of `owner`, or all; return the blobs nobody pins any more."""
+        pins = self._owners.get(owner, set())
+        dropped = list(pins) if blob is None else [blob] if blob in pins else []
+        pins.difference_update(dropped)
+        if not pins:
+            self._owners.pop(owner, None)
+        freed = []
+        for each in dropped:
+            self._counts[each] -= 1
+            if not self._counts[each]:
+                del self._counts[each]
+                freed.append(each)
+        return freed

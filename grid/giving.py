@@ -1,0 +1,186 @@
+"""Handing ranges to a thief: what a victim (the leader's site or any other) takes from its deque's tail and signs away.
+
+Rules: the victim goes on holding what it gives until the thief says it has it (or the wait for that word ends, then the
+ranges run here after all); a grant carries all the thief lacks, short segments inline, long ones as blobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+
+from dht.core.identity import Identity, PeerId
+from grid import body as bodies
+from grid.core import limits
+from grid.core.bundle import GRANT_DOMAIN, Declaration, Grant, SegmentRef, Signed, sign
+from grid.core.deque import DequeFull, Work
+from grid.core.messages import Give, Steal
+from grid.core.segments import Segment
+
+if TYPE_CHECKING:
+    from grid.jobdata import JobData
+    from grid.site import Site
+
+SEGMENTS_MAX = 512
+"""Segments of one grant: their table stays under 50 KiB."""
+
+Declare = Callable[[int], Signed]
+
+
+@dataclass(slots=True)
+class _Given:
+    works: list[Work]
+    to: PeerId
+    since_s: float
+
+
+class Giver:
+    """One site's grants under way."""
+
+    def __init__(self, site: Site, data: JobData, identity: Identity, epoch: int, declare: Declare) -> None:
+        self._site = site
+        self._data = data
+        self._identity = identity
+        self._epoch = epoch
+        self._declare = declare
+        self._given: dict[int, _Given] = {}
+        self._number = 0
+        self.given_tasks = 0
+
+    async def give(self, thief: PeerId, steal: Steal) -> tuple[Give, list[Work]] | None:
+        """About half of the remaining time of the tasks that the thief can run; None when there is nothing for it."""
+        works = self._take(steal)
+        if not works:
+            return None
+        self._number += 1
+        number = self._number
+        self._given[number] = _Given(works, thief, trio.current_time())
+        try:
+            give = await self._pack(thief, steal, number, works)
+        except BaseException:
+            self._return(number)
+            raise
+        if number not in self._given:  # taken back meanwhile
+            return None
+        return give, works
+
+    def taken(self, thief: PeerId, number: int) -> list[Work]:
+        """The thief has it: returns what is the thief's now."""
+        given = self._given.get(number)
+        if given is None or given.to != thief:
+            return []
+        del self._given[number]
+        self.given_tasks += sum(work.hi - work.lo for work in given.works)
+        return given.works
+
+    def held(self) -> list[Work]:
+        """Ranges under way: still claimed here."""
+        return [work for given in self._given.values() for work in given.works]
+
+    def expire(self, now_s: float) -> None:
+        """Take back what no thief acknowledged."""
+        for number, given in list(self._given.items()):
+            if now_s - given.since_s > limits.STEAL_TIMEOUT_S:
+                self._return(number)
+
+    def _return(self, number: int) -> None:
+        given = self._given.pop(number, None)
+        if given is not None:
+            self._site.push(given.works, head=True)
+
+    def _take(self, steal: Steal) -> list[Work]:
+        site = self._site
+        tags = set(steal.tags)
+
+        def wanted(stage: int) -> bool:
+            return tags.issuperset(site.stages[stage].options.tags) and site.functions[site.stages[stage].fn] is not None
+
+        works = site.deque.steal_tail(site.seconds_per_task, 0.5, self._boundary, wanted=wanted)
+        kept: list[Work] = []
+        count = size = 0
+        for at, work in enumerate(works):
+            segments = site.stages[work.stage].segments.overlapping(work.lo, work.hi)
+            for segment in segments:
+                count += 1
+                size += min(segment.size, limits.SEGMENT_INLINE_BYTES)
+                if count > SEGMENTS_MAX or (size > limits.GRANT_BYTES_MAX and count > 1):
+                    cut = max(work.lo, segment.first)
+                    if work.lo < cut:
+                        kept.append(Work(work.stage, work.lo, cut))
+                    for rest in [Work(work.stage, cut, work.hi), *works[at + 1 :]]:
+                        self._push_back(rest)
+                    return kept
+            kept.append(work)
+        return kept
+
+    def _push_back(self, work: Work) -> None:
+        try:
+            self._site.deque.push_tail(work)
+        except DequeFull:
+            self._site.uplink.returned(*work)
+
+    def _boundary(self, stage: int, index: int) -> int:
+        segment = self._site.stages[stage].segments.at(index)
+        if segment is None or index - segment.first > segment.count // 2:
+            return index
+        return segment.first
+
+    async def _pack(self, thief: PeerId, steal: Steal, number: int, works: list[Work]) -> Give:
+        site = self._site
+        known = {stage for lo, hi in steal.known_stages for stage in range(lo, min(hi, lo + limits.DECLARATIONS_KEPT_MAX))}
+        refs: list[SegmentRef] = []
+        inline: list[bytes] = []
+        for work in works:
+            stage = site.stages[work.stage]
+            for segment in stage.segments.overlapping(work.lo, work.hi):
+                ref, data = await self._segment(work.stage, segment)
+                refs.append(ref)
+                inline.append(data)
+        stages = sorted({work.stage for work in works})
+        declarations: list[Signed] = []
+        functions: dict[bytes, bytes] = {}
+        for index in stages:
+            if index in known:
+                continue
+            signed = self._declare(index)
+            declarations.append(signed)
+            body = site.functions[site.stages[index].fn]
+            assert body is not None
+            digest = site.function_hash(index)
+            if bodies.size_of(body) <= limits.SEGMENT_INLINE_BYTES:
+                functions[digest] = bodies.read(body)
+            else:
+                await self._data.put("", bodies.read(body))
+        paces = tuple(
+            (index, int(pace * 1e6)) for index in stages if (pace := site.stages[index].pace.per_task_s) is not None
+        )
+        grant = Grant(
+            self._data.job, self._epoch, thief, number, tuple((w.stage, w.lo, w.hi) for w in works), tuple(refs), (), paces
+        )
+        return Give(sign(grant, GRANT_DOMAIN, self._identity), tuple(declarations), tuple(functions.items()), tuple(inline))
+
+    async def _segment(self, stage: int, segment: Segment) -> tuple[SegmentRef, bytes]:
+        held = self._site.stages[stage].held.get(segment.first)
+        if held is None:  # settled meanwhile; the thief finds its tasks done
+            return SegmentRef(stage, segment.first, segment.count, bytes(32), 0, ()), b""
+        if not held.blob:
+            assert held.body is not None
+            if segment.size <= limits.SEGMENT_INLINE_BYTES:
+                held.blob = bodies.hash_of(held.body)
+            else:
+                held.blob = await self._data.put("", bodies.read(held.body))
+        data = b""
+        if segment.size <= limits.SEGMENT_INLINE_BYTES and held.body is not None:
+            data = bodies.read(held.body)
+        return SegmentRef(stage, segment.first, segment.count, held.blob, segment.size, segment.refs), data
+
+
+def declaration_of(site: Site, job: bytes, epoch: int, stage: int, name: str) -> Declaration:
+    """A stage as its leader declares it."""
+    known = site.stages[stage]
+    body = site.functions[known.fn]
+    assert body is not None
+    return Declaration(job, epoch, stage, site.function_hash(stage), bodies.size_of(body), name, known.options)

@@ -1,0 +1,126 @@
+"""News of jobs among neighbours, and who the neighbours are.
+
+Every peer keeps connections to up to NEIGHBOURS others (all of them in a small grid): the nearest by id, so that the graph
+hangs together, and random ones, so that it is shallow. News is verified once and passed on once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from dht.core.codec import CodecError
+from dht.core.identity import BadSignature, PeerId
+from dht.core.membership import Certificate, Chain, MembershipError
+from grid.core import limits
+from grid.core.board import Board, Entry
+from grid.core.errors import RefusedError
+from grid.core.job import JobId, job_id, open_spec
+from grid.core.messages import JobNews, JobsWanted
+
+if TYPE_CHECKING:
+    from dht.node import Node
+    from grid.post import PostOffice
+    from grid.transport.mesh import Mesh
+
+NEIGHBOUR_CHECK_S: Final = 1.0
+RECHOOSE_S: Final = 60.0
+"""Random neighbours are chosen anew this often, so that an unlucky graph doesn't stay."""
+log = logging.getLogger(__name__)
+
+
+class Gossip:
+    """The peer's part in spreading news."""
+
+    def __init__(
+        self,
+        me: PeerId,
+        grid: bytes,
+        board: Board,
+        node: Node,
+        mesh: Mesh,
+        post: PostOffice,
+        check: Callable[[Chain], Certificate],
+        rng: random.Random,
+        heard: Callable[[JobId, Entry], None],
+    ) -> None:
+        self._me = me
+        self._grid = grid
+        self._board = board
+        self._node = node
+        self._mesh = mesh
+        self._post = post
+        self._check = check
+        self._rng = rng
+        self._heard = heard
+        self._kept: set[PeerId] = set()
+
+    # ---- news ----
+
+    def tell(self, news: JobNews) -> None:
+        """News of a job led here."""
+        self._take(news, None)
+
+    def hear(self, news: JobNews, by: PeerId) -> None:
+        """News from a neighbour. Raises RefusedError, BadSignature, MembershipError, CodecError."""
+        self._take(news, by)
+
+    def _take(self, news: JobNews, by: PeerId | None) -> None:
+        job = job_id(news.spec.payload)
+        spec = self._board.spec(job)
+        if spec is None:
+            job, spec = open_spec(news.spec, self._check, self._grid)
+        if news.epoch < 1 or len(news.leader) != 20:
+            raise RefusedError("news of no epoch or leader")
+        fresh = self._board.hear(job, spec, news, trio.current_time())
+        entry = self._board.get(job)
+        assert entry is not None
+        if news.leader != self._me:
+            self._mesh.learn(PeerId(news.leader), [news.leader_address])
+        self._heard(job, entry)
+        if fresh:
+            for peer in self._mesh.connected():
+                if peer != by and peer != news.leader:
+                    self._post.post(peer, news)
+
+    def wanted(self, peer: PeerId) -> None:
+        """A neighbour asks for all live news."""
+        for _, entry in self._board.live(trio.current_time()):
+            self._post.post(peer, entry.news)
+
+    def up(self, peer: PeerId) -> None:
+        """A connection stands: learn what the other knows."""
+        self._post.post(peer, JobsWanted())
+
+    # ---- neighbours ----
+
+    async def run(self) -> None:
+        """Keep the neighbours connected, until cancelled."""
+        chosen_s = -RECHOOSE_S
+        while True:
+            now_s = trio.current_time()
+            contacts = {contact.id: contact for contact in self._node.contacts() if contact.id != self._me}
+            gone = self._kept - set(contacts)
+            if gone or now_s - chosen_s >= RECHOOSE_S or len(self._kept) < min(limits.NEIGHBOURS, len(contacts)):
+                chosen_s = now_s
+                self._choose(set(contacts))
+            for peer in self._kept:
+                self._mesh.keep(peer, [contacts[peer].address] if peer in contacts else [])
+            await trio.sleep(NEIGHBOUR_CHECK_S)
+
+    def _choose(self, peers: set[PeerId]) -> None:
+        own = int.from_bytes(self._me, "big")
+        near = sorted(peers, key=lambda peer: int.from_bytes(peer, "big") ^ own)[: limits.NEIGHBOURS // 2]
+        rest = sorted(peers - set(near))
+        chosen = {*near, *self._rng.sample(rest, min(len(rest), limits.NEIGHBOURS - len(near)))}
+        for peer in self._kept - chosen:
+            self._mesh.unkeep(peer)
+        self._kept = chosen
+
+
+NEWS_ERRORS = (RefusedError, BadSignature, MembershipError, CodecError)
+"""What bad news raises."""

@@ -1,0 +1,396 @@
+"""What this machine's commands can ask of their peer: one method each, over the control socket.
+
+Results are plain data in the shapes the commands' --json prints. A method about a job works from any member: it asks
+whoever leads or keeps the job, and follows by long polls at byte offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from dht.core import codec
+from dht.core.codec import CodecError
+from grid.api.client import ControlError
+from grid.config import format_address
+from grid.control import Call, Handler
+from grid.core import limits
+from grid.core.job import FINAL, BlobRef, JobId, JobOptions, JobSpec, sign_spec
+from grid.core.messages import Answer, Ask, decode, encode
+from grid.transport.errors import TransportError
+
+if TYPE_CHECKING:
+    from grid.peer import Peer
+
+STATUS_PEERS_MAX: Final = 1_000
+STATUS_S: Final = 2.0
+"""For all peers' answers: what has not answered then is shown as silent."""
+JOBS_PEERS_MAX: Final = 32
+"""Peers asked for their jobs."""
+FILE_BYTES: Final = 1 << 20
+METHODS: Final = (
+    *("status", "invite", "leave", "trust", "revoke", "submit", "follow", "jobs", "show", "logs"),
+    *("wait", "cancel", "result", "result_file", "explain", "resolve", "doctor", "attach"),
+)
+
+
+class Handlers:
+    """The table of methods."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    def table(self) -> dict[str, Handler]:
+        """By the names that `grid.api.client` uses."""
+        methods: dict[str, Callable[[Call], Awaitable[Any]]] = {
+            name: getattr(self, name)
+            for name in METHODS
+        }
+        return methods
+
+    # ---- the grid ----
+
+    async def status(self, call: Call) -> Any:
+        """All peers, as they say of themselves."""
+        peer = self._peer
+        contacts = [contact for contact in await peer.node.crawl() if contact.id != peer.me][:STATUS_PEERS_MAX]
+        rows: dict[bytes, dict[str, Any]] = {}
+
+        async def ask(contact: Any) -> None:
+            row = {"id": contact.id.hex(), "address": format_address(contact.address)}
+            try:
+                rows[contact.id] = row | _peer_row(await peer.node.ask_info(contact, STATUS_S))
+            except (OSError, trio.TooSlowError, CodecError, TimeoutError):
+                rows[contact.id] = row | _silent_row()
+
+        with trio.move_on_after(STATUS_S):
+            async with trio.open_nursery() as nursery:
+                for contact in contacts:
+                    nursery.start_soon(ask, contact)
+        own = {"id": peer.me.hex(), "address": peer.addresses()[0]} | _peer_row(peer.info())
+        rest = [rows.get(c.id, {"id": c.id.hex(), "address": format_address(c.address)} | _silent_row()) for c in contacts]
+        return {
+            "grid": peer.membership.grid.hex(),
+            "self": peer.me.hex(),
+            "peers": [own, *sorted(rest, key=lambda row: (row["name"], row["id"]))],
+            "jobs": list(peer.jobs.known().values())[:100],
+        }
+
+    async def invite(self, call: Call) -> Any:
+        """{"invite": text}."""
+        params = call.params
+        text = await self._peer.admission.invite(
+            str(params.get("role", "member")),
+            int(params.get("uses", 1)),
+            float(params.get("expires_s", 86_400.0)),
+            bool(params.get("same_owner", False)),
+        )
+        return {"invite": text}
+
+    async def leave(self, call: Call) -> Any:
+        """Drain, answer, stop."""
+
+        async def note(text: str) -> None:
+            await call.event("note", {"text": text})
+
+        leads = [job.hex() for job, lead in self._peer.jobs.led.items() if lead.view.state not in FINAL]
+        if leads:
+            await note(f"{len(leads)} job{'s' * (len(leads) != 1)} led by this peer end{'s' * (len(leads) == 1)} with it")
+        await self._peer.leave(note, bool(call.params.get("forget", False)))
+        await call.reply({})
+        self._peer.stop.cancel()
+        return {}
+
+    async def trust(self, call: Call) -> Any:
+        """Remember a peer (or all) whose jobs may run here without a sandbox."""
+        return self._peer.trust(str(call.params["peer"]))
+
+    async def revoke(self, call: Call) -> Any:
+        """Revocation has an issue of its own."""
+        raise ControlError("not-yet", "revoking a peer is not built yet", "let its certificate run out, or found a new grid")
+
+    async def doctor(self, call: Call) -> Any:
+        """What only the running peer knows."""
+        others = len([c for c in self._peer.node.contacts() if c.id != self._peer.me])
+        linked = len(self._peer.mesh.connected())
+        text = f"{others} other peers known, {linked} connected"
+        return {"checks": [{"name": "reach", "ok": others == 0 or linked > 0, "text": text, "hint": ""}]}
+
+    # ---- submitting ----
+
+    async def submit(self, call: Call) -> Any:
+        """Accept a packed script; unless detached, follow it to its end."""
+        submission = call.params["submission"]
+        spec = await self._spec(submission)
+        signed = sign_spec(spec, self._peer.identity, self._peer.membership.chain)
+        try:
+            lead = await self._peer.lead(spec, signed)
+        except OSError as error:
+            raise ControlError("disk", f"the job can't be kept on this peer's disk: {error.strerror}") from None
+        await call.event("accepted", {"job": lead.job.hex()})
+        if not call.params.get("detach"):
+            await self._follow(call, lead.job, 0, 0, True)
+        return {}
+
+    async def _spec(self, submission: dict[str, Any]) -> JobSpec:
+        """Adopt the staged files as blobs and make the spec. Raises ControlError."""
+        store = self._peer.services.store
+        owner = f"submit:{secrets.token_hex(8)}"
+        options = submission.get("options") or {}
+
+        async def adopt(path: str) -> BlobRef:
+            size = Path(path).stat().st_size
+            return BlobRef(bytes(await store.adopt(Path(path), owner=owner, durable=True)), size)
+
+        try:
+            for pack in submission.get("pack_paths") or ():
+                await adopt(str(pack))
+            stdin = options.get("stdin")
+            lock = submission.get("lock")
+            lock_ref = None
+            if lock:
+                blob = await store.put(lock.encode(), owner=owner, durable=True)
+                lock_ref = BlobRef(bytes(blob), len(lock.encode()))
+            return JobSpec(
+                nonce=secrets.token_bytes(16),
+                grid=self._peer.membership.grid,
+                submitter=self._peer.identity.public,
+                owner=bytes(self._peer.membership.owner),
+                name=str(submission["name"]),
+                script=str(submission["script"]),
+                argv=tuple(submission["argv"]),
+                code=await adopt(str(submission["code"])),
+                python=str(submission["python"]),
+                seed=int(options["seed"]) if options.get("seed") is not None else secrets.randbits(63),
+                created_s=time.time(),
+                options=_job_options(options),
+                lock=lock_ref,
+                inputs=await adopt(str(submission["manifest"])) if submission.get("manifest") else None,
+                stdin=await self._stdin(str(stdin), owner) if stdin else None,
+                env=tuple(sorted((submission.get("env") or {}).items())),
+                owner_name=self._peer.owner_name,
+            )
+        except OSError as error:
+            raise ControlError("staging", f"the submission can't be read: {error.strerror or error}") from None
+        except Exception as error:
+            if type(error).__name__ != "StoreFull":
+                raise
+            raise ControlError("disk-full", str(error), "free space, or give the peer a home on a larger disk") from None
+
+    async def _stdin(self, path: str, owner: str) -> BlobRef:
+        data = await trio.Path(path).read_bytes()
+        blob = await self._peer.services.store.put(data, owner=owner, durable=True)
+        return BlobRef(bytes(blob), len(data))
+
+    # ---- following ----
+
+    async def follow(self, call: Call) -> Any:
+        """Output and progress from the given offsets to the end."""
+        params = call.params
+        prints = bool(params.get("prints", True))
+        await self._follow(call, _job(params), int(params.get("from_stdout", 0)), int(params.get("from_stderr", 0)), prints)
+        return {}
+
+    async def _follow(self, call: Call, job: JobId, stdout: int, stderr: int, prints: bool) -> None:
+        position = {"stdout": stdout, "stderr": stderr, "print": 0 if prints else -1, "seen": -1}
+        while True:
+            answer, body = await self._peer.jobs.ask(job, "poll", {**position, "wait_s": limits.POLL_S_MAX})
+            at = 0
+            for name in ("stdout", "stderr"):
+                offset, length = answer[name]
+                if length:
+                    await call.event(name, {"offset": offset}, body[at : at + length])
+                    position[name] = offset + length
+                at += length
+            for stage, index, fd, peer, length in answer["prints"]:
+                await call.event("print", {"stage": stage, "index": index, "fd": fd, "peer": peer}, body[at : at + length])
+                at += length
+            position["print"] = answer["print_next"]
+            if answer["version"] != position["seen"] and "stages" in answer:
+                position["seen"] = answer["version"]
+                await call.event("progress", {"stages": answer["stages"], "peers": answer.get("peers", 0)})
+            if answer["final"]:
+                await call.event("final", answer["outcome"])
+                return
+
+    async def logs(self, call: Call) -> Any:
+        """The driver's stdout and stderr, or one task's prints."""
+        params = call.params
+        job = _job(params)
+        if params.get("stage") is not None:
+            _, body = await self._peer.jobs.ask(job, "task_log", {"stage": params["stage"], "index": params["index"]})
+            await call.event("stdout", {"offset": 0}, body)
+            return {}
+        await self._output(call, job, 0, 0, bool(params.get("follow")))
+        return {}
+
+    async def _output(self, call: Call, job: JobId, stdout: int, stderr: int, to_end: bool) -> dict[str, Any]:
+        """Stream output from offsets (-1: not that one): what is there now, or to the job's end. Returns the last poll."""
+        while True:
+            wait_s = limits.POLL_S_MAX if to_end else 0.0
+            answer, body = await self._peer.jobs.ask(
+                job, "poll", {"stdout": stdout, "stderr": stderr, "print": -1, "seen": -1, "wait_s": wait_s}
+            )
+            at = 0
+            for name in ("stdout", "stderr"):
+                offset, length = answer[name]
+                if length:
+                    await call.event(name, {"offset": offset}, body[at : at + length])
+                at += length
+            stdout = stdout if stdout < 0 else stdout + answer["stdout"][1]
+            stderr = stderr if stderr < 0 else stderr + answer["stderr"][1]
+            if answer["final"] or (not to_end and not body):
+                return dict(answer)
+
+    async def wait(self, call: Call) -> Any:
+        """The outcome, once there is one or the time is up."""
+        job = _job(call.params)
+        timeout_s = call.params.get("timeout_s")
+        answer: dict[str, Any] = {"state": "running"}
+        with trio.move_on_after(float("inf") if timeout_s is None else float(timeout_s)):
+            while answer["state"] not in FINAL:
+                params = {"stdout": -1, "stderr": -1, "print": -1, "seen": answer.get("version", -1), "wait_s": limits.POLL_S_MAX}
+                answer, _ = await self._peer.jobs.ask(job, "poll", params)
+        return answer.get("outcome") or {"state": answer["state"], "exit_code": None, "signal": None, "error": None}
+
+    async def result(self, call: Call) -> Any:
+        """The outcome of an ended job with its stdout and the list of its files. Waits for the end."""
+        job = _job(call.params)
+        answer = await self._output(call, job, 0 if call.params.get("stdout") else -1, -1, True)
+        files, _ = await self._peer.jobs.ask(job, "files", {})
+        return {**answer["outcome"], "files": [{"name": f["name"], "size": f["size"]} for f in files]}
+
+    async def result_file(self, call: Call) -> Any:
+        """One file that the job left."""
+        job = _job(call.params)
+        name = str(call.params["name"])
+        files, _ = await self._peer.jobs.ask(job, "files", {})
+        found = next((f for f in files if f["name"] == name), None)
+        if found is None:
+            raise ControlError("unknown-file", f"the job left no file {name!r}")
+        entry = self._peer.board.get(job)
+        holders = [entry.leader] if entry is not None else []
+        store, fetcher = self._peer.services.store, self._peer.services.fetcher
+        blob, size = bytes.fromhex(found["blob"]), int(found["size"])
+        owner = f"file:{secrets.token_hex(8)}"
+        try:
+            if not store.has(blob):  # type: ignore[arg-type]
+                assert fetcher is not None
+                await fetcher.ensure(blob, size, holders, owner=owner)  # type: ignore[arg-type]
+            for at in range(0, size, FILE_BYTES):
+                data = await store.read(blob, at, min(FILE_BYTES, size - at))  # type: ignore[arg-type]
+                await call.event("data", {"offset": at}, data)
+        finally:
+            store.unpin(owner)
+        return {}
+
+    # ---- about jobs ----
+
+    async def jobs(self, call: Call) -> Any:
+        """All jobs that this peer or any it can reach knows."""
+        table = {row["id"]: row for row in await self._jobs_elsewhere()}
+        for job, row in self._peer.jobs.known().items():
+            known = table.get(job.hex())
+            if known is None or row["leader"] == self._peer.me.hex() or (row["state"] in FINAL) > (known["state"] in FINAL):
+                table[job.hex()] = row
+        return sorted(table.values(), key=lambda row: -row["submitted_s"])
+
+    async def _jobs_elsewhere(self) -> list[dict[str, Any]]:
+        peer = self._peer
+        found: dict[str, dict[str, Any]] = {}
+
+        async def ask(contact: Any) -> None:
+            try:
+                answer = decode(await peer.mesh.request(contact.id, encode(Ask("jobs", b"{}")), STATUS_S))
+            except (TransportError, CodecError, trio.TooSlowError):
+                return
+            for row in json.loads(answer.result) if isinstance(answer, Answer) else ():
+                if row["id"] not in found or row["leader"] == contact.id.hex():
+                    found[row["id"]] = row
+
+        with trio.move_on_after(STATUS_S):
+            async with trio.open_nursery() as nursery:
+                for contact in [c for c in peer.node.contacts() if c.id != peer.me][:JOBS_PEERS_MAX]:
+                    nursery.start_soon(ask, contact)
+        return list(found.values())
+
+    async def show(self, call: Call) -> Any:
+        """One job."""
+        return (await self._peer.jobs.ask(_job(call.params), "show", {}))[0]
+
+    async def cancel(self, call: Call) -> Any:
+        """End a job: its owner's, or with `force` and the admin role anybody's."""
+        job = _job(call.params)
+        force = bool(call.params.get("force"))
+        if job in self._peer.jobs.led:
+            self._peer.check_cancel(job, self._peer.me, force)
+        return (await self._peer.jobs.ask(job, "cancel", {"force": force}))[0]
+
+    async def explain(self, call: Call) -> Any:
+        """Why tasks wait."""
+        return (await self._peer.jobs.ask(_job(call.params), "explain", {}))[0]
+
+    async def resolve(self, call: Call) -> Any:
+        """{"id"} of the one job that the prefix names."""
+        prefix = str(call.params["prefix"])
+        try:
+            return {"id": self._peer.jobs.resolve(prefix).hex()}
+        except ControlError as error:
+            if error.code != "unknown-job":
+                raise
+        rows = [row["id"] for row in await self._jobs_elsewhere() if row["id"].startswith(prefix)]
+        if len(rows) > 1:
+            raise ControlError("ambiguous-job", f"{prefix!r} may be {' or '.join(r[:12] for r in rows[:4])}", "type more of the id")
+        if not rows:
+            raise ControlError("unknown-job", f"no job {prefix!r} is known to this grid", "list jobs with: grid jobs")
+        return {"id": rows[0]}
+
+    async def attach(self, call: Call) -> Any:
+        """The client becomes the driver of a job here (`grid.connect`)."""
+        from grid.attached import run_attached
+
+        return await run_attached(self._peer, call)
+
+
+def _job(params: dict[str, Any]) -> JobId:
+    return JobId(bytes.fromhex(str(params["job"])))
+
+
+def _job_options(options: dict[str, Any]) -> JobOptions:
+    return JobOptions(
+        retries=int(options.get("retries") or 0),
+        task_timeout_s=float(options.get("task-timeout") or 0.0),
+        timeout_s=float(options.get("timeout") or 0.0),
+        cpus=int(options.get("cpus") or 1),
+        memory_bytes=int(options.get("memory") or 0),
+        tags=tuple(options.get("tags") or ()),
+        replicas=int(options.get("replicas") or 5),
+        strict=bool(options.get("strict")),
+        verify=str(options.get("verify") or ""),
+        network=bool(options.get("network")),
+    )
+
+
+def _peer_row(info: bytes) -> dict[str, Any]:
+    name, owner, slots, busy, leads, version, state, user = codec.decode(
+        info, tuple[str, bytes, int, int, tuple[bytes, ...], str, str, str]
+    )
+    return {
+        "name": name,
+        "owner": owner.hex(),
+        "owner_name": user,
+        "state": state,
+        "slots": {"total": slots, "busy": busy},
+        "leads": [job.hex() for job in leads],
+        "version": version,
+    }
+
+
+def _silent_row() -> dict[str, Any]:
+    return {"name": "", "owner": "", "owner_name": "", "state": "silent", "slots": {"total": 0, "busy": 0}, "leads": [], "version": ""}

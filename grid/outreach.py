@@ -1,0 +1,316 @@
+"""A leader's dealings with other peers: it answers thieves, takes completions, watches claims, relays children's frames.
+
+Rules: every message is judged by the session it came through and by its signature; what names another epoch is fenced;
+completions of one peer are taken in their order and acknowledged when their results are here; what a peer claimed and
+lost runs again (see `grid.core.liveness`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import trio
+
+from dht.core.identity import Identity, PeerId
+from grid import body as bodies
+from grid.api import wire
+from grid.body import Body
+from grid.core import limits
+from grid.core.bundle import (
+    COMPLETION_DOMAIN,
+    DECLARATION_DOMAIN,
+    Completion,
+    ResultRange,
+    Signed,
+    TaskFailure,
+    open_signed,
+    sign,
+)
+from grid.core.errors import FencedError, RefusedError
+from grid.core.job import JobId
+from grid.core.messages import (
+    Accepted,
+    Claims,
+    Completed,
+    Drop,
+    GrantTaken,
+    Message,
+    Nothing,
+    Poke,
+    Printed,
+    Relay,
+    RelayClosed,
+    Steal,
+)
+from grid.giving import Giver, declaration_of
+from grid.jobdata import JobData
+from grid.leader import Leader, PeerTally
+
+if TYPE_CHECKING:
+    from grid.post import PostOffice
+
+FETCHES_MAX = 16
+"""Large results fetched from thieves at once."""
+BLOBS_WATCHED_MAX = 4_096
+"""Blobs whose holders are remembered."""
+
+
+class Outreach:
+    """The mesh side of one leadership."""
+
+    def __init__(
+        self, leader: Leader, data: JobData, identity: Identity, epoch: int, post: PostOffice, nursery: trio.Nursery
+    ) -> None:
+        self.leader = leader
+        self.epoch = epoch
+        self.giver = Giver(leader.site, data, identity, epoch, self._declaration)
+        self.reasons: dict[PeerId, str] = {}
+        self._job: JobId = leader.job
+        self._data = data
+        self._identity = identity
+        self._post = post
+        self._nursery = nursery
+        self._declarations: dict[int, Signed] = {}
+        self._thieves: OrderedDict[PeerId, None] = OrderedDict()
+        self._taken: dict[PeerId, _Taken] = {}
+        self._fetches = trio.Semaphore(FETCHES_MAX)
+        self._holders: OrderedDict[bytes, list[PeerId]] = OrderedDict()
+        self._helpers: dict[PeerId, tuple[int, int]] = {}
+        leader.settled_listeners.append(self._settled)
+        self._settled_now: dict[int, list[tuple[int, int]]] = {}
+
+    # ---- stealing ----
+
+    def _declaration(self, stage: int) -> Signed:
+        signed = self._declarations.get(stage)
+        if signed is None:
+            name = self.leader.ledger.stage(stage).name
+            declaration = declaration_of(self.leader.site, self._job, self.epoch, stage, name)
+            signed = self._declarations[stage] = sign(declaration, DECLARATION_DOMAIN, self._identity)
+        return signed
+
+    async def steal(self, thief: PeerId, steal: Steal) -> Message:
+        """Answer a thief. Raises FencedError."""
+        self._check_epoch(steal.epoch)
+        found = await self.giver.give(thief, steal)
+        if found is not None:
+            give, works = found
+            self.leader.claims.grant(thief, works, trio.current_time())
+            self._thieves.pop(thief, None)
+            return give
+        self._thieves[thief] = None
+        while len(self._thieves) > limits.WAITING_THIEVES_MAX:
+            self._thieves.popitem(last=False)
+        return Nothing(self._hints(thief), parked=thief in self._thieves, state="running", fence=self.epoch)
+
+    def _hints(self, thief: PeerId) -> tuple[bytes, ...]:
+        """Who claims the most beyond what its own slots run."""
+        best: list[tuple[int, PeerId]] = []
+        for peer in self.leader.claims.peers():
+            if peer == thief:
+                continue
+            slots, _ = self._helpers.get(peer, (1, 0))
+            held = self.leader.claims.total(peer)
+            if held > slots:
+                best.append((held, peer))
+        return tuple(peer for _, peer in sorted(best, reverse=True)[: limits.HINTS_MAX])
+
+    def poke(self) -> None:
+        """There is work: tell the thieves that found none."""
+        count = min(len(self._thieves), max(1, self.leader.site.deque.total))
+        for _ in range(count):
+            thief, _ = self._thieves.popitem(last=False)
+            self._post.post(thief, Poke(self._job))
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            raise FencedError(f"epoch {epoch} is not this leader's {self.epoch}")
+
+    # ---- messages ----
+
+    async def handle(self, peer: PeerId, message: Message) -> None:
+        """One message about this job. Raises RefusedError, BadSignature, CodecError: it changed nothing then."""
+        match message:
+            case GrantTaken(number=number):
+                works = self.giver.taken(peer, number)
+                self.leader.tallies.setdefault(peer, PeerTally()).stolen += sum(work.hi - work.lo for work in works)
+            case Claims():
+                self._claims(peer, message)
+            case Completed(signed=signed):
+                await self._completed(peer, signed)
+            case Printed(lines=lines):
+                for stage, index, fd, data in lines:
+                    self.leader.print_from(peer, stage, index, fd, data)
+            case Relay():
+                await self._relay(peer, message)
+            case RelayClosed(token=token):
+                self.leader.close_child((peer, token))
+            case _:
+                raise RefusedError(f"a leader takes no {type(message).__name__}")
+
+    def _claims(self, peer: PeerId, message: Claims) -> None:
+        self._check_epoch(message.epoch)
+        self.leader.claims.claim(peer, dict(message.held), trio.current_time())
+        self._helpers[peer] = (message.slots, message.busy)
+        if message.blocked:
+            self.reasons[peer] = message.blocked[: limits.TEXT_MAX]
+        else:
+            self.reasons.pop(peer, None)
+        for blob in message.have[: limits.HAVE_MAX]:
+            self.holds(peer, blob)
+
+    def holds(self, peer: PeerId, blob: bytes) -> None:
+        """The peer has this blob."""
+        holders = self._holders.setdefault(blob, [])
+        if peer not in holders and len(holders) < limits.HOLDERS_MAX:
+            holders.append(peer)
+        self._holders.move_to_end(blob)
+        while len(self._holders) > BLOBS_WATCHED_MAX:
+            self._holders.popitem(last=False)
+
+    def holders(self, blob: bytes) -> list[PeerId]:
+        """Peers that said they hold the blob."""
+        return list(self._holders.get(blob, ()))
+
+    # ---- completions ----
+
+    async def _completed(self, peer: PeerId, signed: Signed) -> None:
+        signer, completion = open_signed(signed, COMPLETION_DOMAIN, Completion)
+        if signer != peer or completion.job != self._job:
+            raise RefusedError("a completion that is not its sender's, or of another job")
+        taken = self._taken.setdefault(peer, _Taken())
+        if not taken.begin(completion.number):
+            self._acknowledge(peer, taken)
+            return
+        large: list[ResultRange] = []
+        for result in completion.results:
+            if result.blob:
+                large.append(result)
+            else:
+                self._complete(peer, result, result.inline)
+        for failure in completion.failures:
+            self._fail(peer, failure)
+        if not large:
+            taken.end(completion.number)
+            self._acknowledge(peer, taken)
+            return
+        await self._fetches.acquire()
+        self._nursery.start_soon(self._fetch_results, peer, taken, completion.number, large)
+
+    def _complete(self, peer: PeerId, result: ResultRange, body: Body) -> None:
+        stage = self.leader.ledger.stage(result.stage)
+        if 0 <= result.first <= result.lo:
+            self.leader.complete(peer, result.stage, result.function, result.lo, result.hi, result.first, body)
+        self.leader.site.stages[stage.index].pace.hint(result.elapsed_us / 1e6 / max(1, result.hi - result.lo))
+
+    def _fail(self, peer: PeerId, failure: TaskFailure) -> None:
+        told = wire.Failed(
+            0, failure.index, failure.kind, failure.type_name, failure.message, failure.traceback, failure.elapsed_us, False
+        )
+        self.leader.fail(peer, failure.stage, failure.function, told, failure.exception)
+
+    async def _fetch_results(self, peer: PeerId, taken: _Taken, number: int, results: list[ResultRange]) -> None:
+        """Bring large results here. One that is not to be had runs again: nobody claims it any more."""
+        try:
+            for result in results:
+                stage = self.leader.ledger.stage(result.stage)
+                if stage.settled.covers(result.lo, result.hi):
+                    continue
+                try:
+                    path = await self._data.path(result.blob, result.size, [peer])
+                except Exception as error:  # the holder is gone or lied
+                    self.reasons[peer] = f"a result could not be fetched: {error}"
+                    continue
+                body = bodies.whole_file(self.leader.spool.link(str(path)))
+                self._data.store.unpin(self._data.owner, result.blob)  # type: ignore[arg-type]
+                try:
+                    self._complete(peer, result, body)
+                except RefusedError:
+                    bodies.release(body)
+        finally:
+            self._fetches.release()
+            taken.end(number)
+        self._acknowledge(peer, taken)
+
+    def _acknowledge(self, peer: PeerId, taken: _Taken) -> None:
+        self._post.post(peer, Accepted(self._job, taken.through))
+
+    def _settled(self, stage: int, lo: int, hi: int) -> None:
+        for peer in self.leader.claims.peers():
+            if self.leader.claims.held(peer, stage).intersect(lo, hi) and self.leader.ledger.stage(stage).cancelled:
+                self._settled_now.setdefault(stage, []).append((lo, hi))
+                return
+
+    # ---- children of tasks ----
+
+    async def _relay(self, peer: PeerId, message: Relay) -> None:
+        frame = decode_frame(message.header, wire.from_child_decoder)
+        body: Body = message.body
+        if message.blob:
+            path = await self._data.path(message.blob, message.size, [peer])
+            body = bodies.whole_file(self.leader.spool.link(str(path)))
+        token = message.token
+
+        def post(answer: wire.ToChild, data: Body) -> None:
+            self._post.post_frame(peer, self._data, self._job, token, answer, data)
+
+        self.leader.relay_from((peer, token), post, frame, body)
+
+    # ---- housekeeping ----
+
+    def lost(self, peer: PeerId) -> None:
+        """The connection to a peer ended: it claims nothing until it is heard again."""
+        self.leader.claims.lose(peer)
+        self._thieves.pop(peer, None)
+        self._helpers.pop(peer, None)
+        self.leader.close_children(lambda key: isinstance(key, tuple) and key[0] == peer)
+
+    async def run(self) -> None:
+        """Sweep claims each heartbeat, until cancelled."""
+        while True:
+            await trio.sleep(limits.HEARTBEAT_S)
+            now_s = trio.current_time()
+            self.giver.expire(now_s)
+            self.leader.giving = self.giver.held()
+            self.leader.sweep(now_s)
+            if self._settled_now:
+                ranges = tuple((stage, tuple(parts)) for stage, parts in self._settled_now.items())
+                self._settled_now = {}
+                for peer in self.leader.claims.peers():
+                    self._post.post(peer, Drop(self._job, self.epoch, ranges))
+            if self.leader.site.deque and self._thieves:
+                self.poke()
+
+
+class _Taken:
+    """Which completion batches of one peer were taken: through `through` without a gap."""
+
+    def __init__(self) -> None:
+        self.through = 0
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
+
+    def begin(self, number: int) -> bool:
+        """False when the batch was begun before (a resent one)."""
+        if number <= self.through or number in self._begun or number in self._ended:
+            return False
+        self._begun.add(number)
+        return True
+
+    def end(self, number: int) -> None:
+        """The batch is settled."""
+        self._begun.discard(number)
+        self._ended.add(number)
+        while self.through + 1 in self._ended:
+            self.through += 1
+            self._ended.discard(self.through)
+
+
+def decode_frame(header: bytes, decoder: object) -> wire.Message:
+    """The message of a relayed frame. Raises RefusedError."""
+    try:
+        message: wire.Message = decoder.decode(header)  # type: ignore[attr-defined]
+    except Exception as error:
+        raise RefusedError(f"not a frame: {error}") from None
+    return message

@@ -1,0 +1,463 @@
+"""A peer: the composition root. It builds every part, wires them, and runs them in one nursery.
+
+Rules: parts know each other only through what is handed to them here; when `serve` returns, every task, process and socket
+of the peer is gone.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import random
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import trio
+
+import grid
+from dht.core import codec
+from dht.core.identity import Identity, PeerId
+from dht.core.invite import Invite, InviteError
+from dht.core.membership import Chain, Membership, MembershipError, Role
+from dht.network import Address, Network, RealNetwork
+from dht.node import Node
+from grid.admission import Admission
+from grid.api.client import ControlError
+from grid.blobs.fetch import Fetcher
+from grid.blobs.store import BlobStore
+from grid.config import ConfigError, Home, JoinOptions, format_address, parse_address, write_file
+from grid.control import Control
+from grid.core import limits
+from grid.core.board import Board
+from grid.core.job import FINAL, JobId, JobSpec, SignedSpec, job_id
+from grid.core.messages import JobNews
+from grid.dispatch import Dispatch
+from grid.gossip import Gossip
+from grid.handlers import Handlers
+from grid.helping import Helping
+from grid.jobplace import JobPlace, Services
+from grid.jobs import Jobs
+from grid.leadjob import LeadJob
+from grid.outreach import Outreach
+from grid.post import PostOffice
+from grid.transport.errors import JoinError
+from grid.transport.hello import HelloInfo
+from grid.transport.join import join
+from grid.transport.mesh import Mesh
+from grid.worker.pool import WorkerPool
+from grid.workshop import Workshop
+
+STORE_SHARE = 0.5
+"""Of the disk's free space at the start: what blobs may take."""
+STORE_BYTES_MIN = 1 << 30
+LEAVE_S = 5.0
+"""For ranges and results to reach their leaders when the peer leaves."""
+
+Report = Callable[[dict[str, Any]], None]
+log = logging.getLogger(__name__)
+
+
+async def serve(options: JoinOptions, report: Report, network: Network | None = None) -> None:
+    """Run a peer until cancelled or told to leave. Raises ConfigError, ControlError: it never began then."""
+    home = Home.open(options.home, create=True)
+    with home.lock():
+        peer = Peer(home, home.settle(options, save=False), report, network or RealNetwork())
+        await peer.run()
+
+
+class Peer:
+    """One machine's peer. `run` it once."""
+
+    def __init__(self, home: Home, options: JoinOptions, report: Report, network: Network) -> None:
+        self.home = home
+        self.options = options
+        self.report = report
+        self.network = network
+        self.rng = random.Random(secrets.randbits(64))
+        self.identity = _identity(home)
+        self.me = self.identity.id
+        self.board = Board()
+        self.stop = trio.CancelScope()
+        self.leaving = False
+        self.slots = 0 if options.no_work else (options.slots or 1)
+        self.address: Address = ("", 0)
+        self.membership: Membership
+        self.node: Node
+        self.mesh: Mesh
+        self.jobs: Jobs
+        self.helping: Helping
+        self.gossip: Gossip
+        self.admission: Admission
+        self.services: Services
+        self.post: PostOffice
+        self.nursery: trio.Nursery
+        self._bootstrap: list[Address] = []
+        self._versions: dict[JobId, int] = {}
+
+    # ---- life ----
+
+    async def run(self) -> None:
+        """Serve until cancelled or `stop` is."""
+        await self._become_member()
+        store = BlobStore(self.home.blobs, _quota(self.home.blobs))
+        pool = WorkerPool(spare_zygotes=1 if self.slots else 0)
+        workshop = Workshop(pool, self.slots)
+        with self.stop:
+            async with trio.open_nursery() as nursery:
+                self.nursery = nursery
+                await self._listen(nursery, store)
+                fetcher = Fetcher(store, self.mesh.read_blob)
+                self.services = Services(
+                    self.me,
+                    self.options.name or "",
+                    self.home.jobs,
+                    self.home.envs,
+                    store,
+                    fetcher,
+                    workshop,
+                    self.options.memory_bytes or 0,
+                )
+                await nursery.start(pool.run)
+                nursery.start_soon(workshop.watch)
+                self._wire(nursery, store)
+                nursery.start_soon(self.helping.run)
+                nursery.start_soon(self.gossip.run)
+                nursery.start_soon(self._announce)
+                await nursery.start(Control(self.home).serve, Handlers(self).table())
+                await self._ready()
+                await trio.sleep_forever()
+
+    async def _become_member(self) -> None:
+        """Load the membership, or join, or found a grid. Raises ControlError."""
+        saved = _load_membership(self.home, self.identity)
+        invite = _invite(self.options.invite) if self.options.invite else None
+        if saved is not None:
+            if invite is not None and invite.grid != saved.grid:
+                raise ControlError(
+                    "other-grid",
+                    f"this home belongs to grid {saved.grid.hex()[:8]}, the invite to grid {invite.grid.hex()[:8]}",
+                    "join it from another home: grid join --home DIR; or leave the old grid: grid leave --forget",
+                )
+            self.membership = saved
+            self._bootstrap = [_address(text) for text in invite.addresses] if invite else []
+            return
+        if invite is not None:
+            try:
+                membership, known = await join(self.network, invite, self.identity, time.time())
+            except JoinError as error:
+                raise ControlError(error.code, str(error)) from None
+            self.membership, self._bootstrap = membership, known
+        else:
+            root = Identity.generate()
+            write_file(self.home.path / "root", root.seed)
+            self.membership = Membership.found(self.identity, root, time.time())
+        _save_membership(self.home, self.membership)
+
+    async def _listen(self, nursery: trio.Nursery, store: BlobStore) -> None:
+        """Start the DHT and the mesh on one port number. Raises OSError (port taken) as ConfigError."""
+        listen = parse_address(self.options.listen or "")
+        dispatch = self.dispatch = Dispatch(self)
+        try:
+            for attempt in range(PORT_TRIES):
+                self.mesh = Mesh(
+                    membership=self.membership,
+                    network=self.network,
+                    handler=dispatch,
+                    locate=self._locate,
+                    describe=self._describe,
+                    rng=self.rng,
+                )
+                self.address = await nursery.start(self.mesh.run, listen)
+                try:
+                    await self._start_node(nursery)
+                    return
+                except OSError:
+                    if listen[1] or attempt == PORT_TRIES - 1:
+                        raise
+        except OSError as error:
+            what = format_address(listen)
+            raise ConfigError(
+                "port-taken",
+                f"can't serve at {what}: {error.strerror or error}",
+                "choose another port with --listen HOST:PORT (port 0: any that is free)",
+            ) from None
+
+    async def _start_node(self, nursery: trio.Nursery) -> None:
+        advertise = parse_address(self.options.advertise) if self.options.advertise else None
+        self.node = Node(
+            membership=self.membership,
+            network=self.network,
+            address=self.address,
+            advertise=advertise,
+            rng=self.rng,
+            state_path=self.home.contacts,
+            info=self.info,
+        )
+        await nursery.start(functools.partial(self.node.run, bootstrap=self._bootstrap))
+
+    def _wire(self, nursery: trio.Nursery, store: BlobStore) -> None:
+        self.post = PostOffice(self.mesh, nursery, self._unreachable)
+        self.jobs = Jobs(self.home.jobs, self.me, self.board, self.mesh, store.unpin)
+        self.jobs.load()
+        for archived in self.jobs.archived.values():
+            for file in archived.view.outcome.files if archived.view.outcome else ():
+                store.pin(f"outcome:{archived.job.hex()}", file.blob.id)  # type: ignore[arg-type]
+        store.unpin("restart")
+        self.helping = Helping(
+            self.services,
+            self.identity,
+            self.board,
+            self.mesh,
+            self.post,
+            nursery,
+            self.rng,
+            self.options.tags or (),
+            lambda job: job in self.jobs.led,
+        )
+        self.gossip = Gossip(
+            self.me,
+            self.membership.grid,
+            self.board,
+            self.node,
+            self.mesh,
+            self.post,
+            lambda chain: self.membership.check(chain, time.time()),
+            self.rng,
+            self.helping.heard,
+        )
+        self.admission = Admission(self.membership, self.node, self.addresses, self._invite_used)
+        self.dispatch.ready.set()
+
+    async def _ready(self) -> None:
+        invite = ""
+        with trio.move_on_after(limits.CONTROL_TIMEOUT_S):
+            try:
+                invite = await self.admission.invite("member", 1, 86_400, False)
+            except ControlError as error:
+                log.info("no invite: %s", error)
+        self.report(
+            {
+                "schema": 1,
+                "event": "ready",
+                "grid": self.membership.grid.hex(),
+                "peer": self.me.hex(),
+                "address": self.addresses()[0],
+                "invite": invite,
+            }
+        )
+
+    def _invite_used(self) -> None:
+        self.nursery.start_soon(self._fresh_invite)
+
+    async def _fresh_invite(self) -> None:
+        try:
+            self.report({"event": "invite", "invite": await self.admission.invite("member", 1, 86_400, False)})
+        except ControlError as error:
+            log.info("no invite: %s", error)
+
+    async def leave(self, note: Callable[[str], Any], forget: bool) -> None:
+        """Stop taking work, let what runs reach its leaders, then stop. Jobs led here end with the peer."""
+        self.leaving = True
+        workshop = self.services.workshop
+        workshop.draining = True
+        busy = len(self.helping.jobs)
+        if busy:
+            await note(f"handing back work of {busy} job{'s' * (busy != 1)}")
+            with trio.move_on_after(LEAVE_S):
+                while any(helper.remote is not None and helper.remote.unsent for helper in self.helping.jobs.values()):
+                    await trio.sleep(limits.COMPLETION_DELAY_S)
+        for job in list(self.helping.jobs):
+            self.helping.over(job)
+        if forget:
+            for path in (self.home.membership, self.home.contacts, self.home.path / "root"):
+                path.unlink(missing_ok=True)
+
+    # ---- what the parts ask ----
+
+    def addresses(self) -> list[str]:
+        """Where this peer can be reached, best first, then other members' addresses."""
+        own = [self.options.advertise] if self.options.advertise else [format_address(_dialable(self.address))]
+        others = [format_address(contact.address) for contact in self.node.contacts() if contact.id != self.me]
+        return [*own, *others[:8]]
+
+    def _describe(self) -> HelloInfo:
+        address = self.options.advertise or format_address(_dialable(self.address))
+        return HelloInfo(address=address, name=self.options.name or "", version=grid.__version__)
+
+    async def _locate(self, peer: PeerId) -> list[Address]:
+        contact = await self.node.locate(peer)
+        return [contact.address] if contact is not None else []
+
+    def info(self) -> bytes:
+        """What `grid status` shows of this peer, under 1 KiB."""
+        workshop = self.services.workshop
+        leads = [job for job, lead in self.jobs.led.items() if lead.view.state not in FINAL]
+        return codec.encode(
+            (
+                (self.options.name or "")[:64],
+                bytes(self.membership.owner),
+                workshop.slots,
+                workshop.busy,
+                tuple(leads[:8]),
+                grid.__version__,
+                "leaving" if self.leaving else "alive",
+                _user()[:64],
+            )
+        )
+
+    @property
+    def owner_name(self) -> str:
+        """Who runs this peer, for people."""
+        return _user()[:64]
+
+    def trust(self, text: str) -> list[str]:
+        """Remember whose jobs may run here unsandboxed: a peer's id or prefix, or "all". Raises ControlError."""
+        if text != "all":
+            found = [c.id.hex() for c in self.node.contacts() if c.id.hex().startswith(text.lower())]
+            if len(found) != 1 and len(text) != 40:
+                what = "may be several peers" if found else "is no peer known here"
+                raise ControlError("unknown-peer", f"{text!r} {what}", "list peers with: grid status")
+            text = found[0] if found else text.lower()
+        trusted = tuple(sorted({*(self.options.trust or ()), text}))
+        self.options = self.home.settle(replace(self.options, trust=trusted))
+        return list(trusted)
+
+    def check_cancel(self, job: JobId, by: PeerId, force: bool) -> None:
+        """Raises ControlError unless the member may cancel this job led here."""
+        lead = self.jobs.led.get(job)
+        if lead is None:
+            return
+        certificate = self.membership.certificate
+        if by != self.me:
+            hello = self.mesh.hello(by)
+            if hello is None:
+                raise ControlError("refused", "who asks is not connected")
+            certificate = hello.chain[-1]
+        if bytes(certificate.owner) == lead.spec.owner:
+            return
+        if not (force and certificate.roles & Role.ADMIN):
+            owner = lead.spec.owner_name or lead.spec.owner.hex()[:8]
+            raise ControlError("not-owner", f"the job is {owner}'s", "an admin may cancel it with: grid cancel --force")
+
+    def _unreachable(self, peer: PeerId) -> None:
+        for lead in self.jobs.led.values():
+            if lead.outreach is not None:
+                lead.outreach.lost(peer)
+
+    # ---- jobs led here ----
+
+    async def lead(
+        self, spec: JobSpec, signed: SignedSpec, make: Callable[[JobId], LeadJob] | None = None
+    ) -> LeadJob:
+        """Accept a job: on disk, announced, running when this returns. Raises OSError."""
+        job = job_id(signed.payload)
+        lead = make(job) if make is not None else LeadJob(job, spec, self.services, self.reach)
+        self.jobs.begin(job, lead, signed)
+        lead.news = lambda: self._tell(job, lead, signed)
+        self._tell(job, lead, signed)
+        self.nursery.start_soon(self._lead, lead)
+        return lead
+
+    async def _lead(self, lead: LeadJob) -> None:
+        try:
+            await lead.run()
+        finally:
+            if lead.view.outcome is not None:
+                self.jobs.ended(lead)
+
+    def reach(self, lead: LeadJob, place: JobPlace, nursery: trio.Nursery) -> Outreach:
+        """A leader's way to other peers."""
+        assert lead.leader is not None
+        return Outreach(lead.leader, place.data, self.identity, lead.epoch, self.post, nursery)
+
+    def _tell(self, job: JobId, lead: LeadJob, signed: SignedSpec) -> None:
+        version = self._versions[job] = self._versions.get(job, 0) + 1
+        work = lead.place is not None and bool(lead.place.site.deque)
+        address = parse_address(self.addresses()[0])
+        self.gossip.tell(JobNews(signed, lead.epoch, self.me, address, version, lead.view.state, work))
+        if lead.view.state in FINAL:
+            self._versions.pop(job, None)
+
+    async def _announce(self) -> None:
+        """Repeat the news of jobs led here."""
+        while True:
+            await trio.sleep(limits.ANNOUNCE_S)
+            for lead in list(self.jobs.led.values()):
+                lead.news()
+
+
+PORT_TRIES = 20
+"""With port 0 the system's choice for TCP may be taken for UDP."""
+
+
+def _identity(home: Home) -> Identity:
+    try:
+        return Identity.from_seed(home.identity.read_bytes())
+    except FileNotFoundError:
+        identity = Identity.generate()
+        write_file(home.identity, identity.seed)
+        return identity
+    except ValueError as error:
+        raise ConfigError("home-damaged", f"the identity in {home.path} is damaged: {error}", "join from a new home") from None
+
+
+def _load_membership(home: Home, identity: Identity) -> Membership | None:
+    try:
+        grid_id, chain = codec.decode(home.membership.read_bytes(), tuple[bytes, Chain])
+    except FileNotFoundError:
+        return None
+    except codec.CodecError as error:
+        raise ConfigError("home-damaged", f"the membership in {home.path} is damaged: {error}", "join anew") from None
+    try:
+        membership = Membership(grid_id, identity, chain)
+        membership.check(chain, time.time())
+    except MembershipError as error:
+        hint = "ask for an invite and join again after: grid leave --forget"
+        raise ConfigError("not-a-member", f"this home is no member of its grid any more: {error}", hint) from None
+    return membership
+
+
+def _save_membership(home: Home, membership: Membership) -> None:
+    write_file(home.membership, codec.encode((membership.grid, membership.chain)))
+
+
+def _invite(text: str) -> Invite:
+    try:
+        invite = Invite.decode(text)
+        invite.check(time.time())
+    except InviteError as error:
+        raise ControlError("invite", str(error)) from None
+    return invite
+
+
+def _address(text: str) -> Address:
+    return parse_address(text)
+
+
+def _dialable(address: Address) -> Address:
+    """An address others can dial, where we listen on all of them."""
+    host, port = address
+    if host not in ("0.0.0.0", "::"):
+        return address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: it only chooses the interface (TEST-NET-1, RFC 5737)
+            return probe.getsockname()[0], port
+        except OSError:
+            return "127.0.0.1", port
+
+
+def _quota(folder: Path) -> int:
+    return max(STORE_BYTES_MIN, int(shutil.disk_usage(folder).free * STORE_SHARE))
+
+
+def _user() -> str:
+    user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
+    return f"{user}@{socket.gethostname().split('.')[0]}"

@@ -1,0 +1,282 @@
+"""A worker: runs tasks of one job, one at a time, in its main thread.
+
+Rules this file keeps:
+
+- what is received while a task runs (by its nested calls, or by the session's reader once the task takes long) is queued;
+- each Run is answered exactly once in full (reporting.py), whatever its tasks do short of ending the process;
+- the work for a trivial task stays well under a microsecond: nothing is hashed, locked or sent for a single one;
+- when the peer is gone, so is the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import mmap
+import os
+import platform
+import socket
+import struct
+import sys
+import threading
+import time
+import types
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from grid.api import serialize, session, wire
+from grid.api.channel import Channel, ChannelClosed
+from grid.worker import progress
+from grid.worker.prints import Prints
+from grid.worker.reporting import TINY, TINY_MAX, Reporter
+from grid.worker.seeding import Seeder
+
+TICK_S: Final = 0.1
+"""Of the clock thread: how long a result, a print or a Revoke may wait behind a long task."""
+IDLE_TICKS: Final = 10
+"""Then the clock stops until there is work again."""
+SEGMENTS_KEPT: Final = 2
+"""Segments of which parts were run: the next bundle most likely is the rest of one."""
+_USED: Final = object()
+
+
+def start_child(channel: Channel) -> wire.Setup:
+    """Take the Setup, put in place what drivers and workers share, and tell the peer that we are ready."""
+    setup, _ = channel.receive()
+    assert isinstance(setup, wire.Setup)
+    os.environ.clear()
+    os.environ.update(setup.env)
+    if setup.workdir:
+        os.makedirs(setup.workdir, exist_ok=True)
+        os.chdir(setup.workdir)
+    folder = os.path.dirname(setup.script)
+    if setup.script and folder not in sys.path[:1]:
+        sys.path.insert(0, folder)
+    sys.argv[:] = [setup.script, *setup.argv]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    channel.send(wire.Ready(os.getpid(), platform.python_version()))
+    return setup
+
+
+def main(sock: socket.socket, progress_fd: int) -> int:
+    """Serve until told to stop; return the exit status."""
+    channel = Channel(sock)
+    os.register_at_fork(after_in_child=lambda: os.close(channel.fileno()))  # what a task forks is no worker
+    try:
+        setup = start_child(channel)
+        faulthandler.enable(2)
+        cell = mmap.mmap(progress_fd, progress.CELL_BYTES)
+        os.close(progress_fd)
+        with memoryview(cell).cast("q") as view:
+            Worker(channel, setup, view).serve()
+    except (ChannelClosed, wire.WireError):
+        os._exit(1)  # nobody is left to hear of it
+    return 0
+
+
+class Worker:
+    """The state of a worker process."""
+
+    def __init__(self, channel: Channel, setup: wire.Setup, cell: memoryview) -> None:
+        self._channel = channel
+        self._cell = cell
+        self._queue: deque[tuple[wire.Run, Any] | None] = deque()
+        self._arrived = threading.Condition()
+        self._functions: dict[int, Any] = {}
+        self._segments: deque[tuple[wire.Run, Any, serialize.Segment]] = deque(maxlen=SEGMENTS_KEPT)
+        self._busy = False
+        self._clock_runs = threading.Event()
+        self._seeder = Seeder(setup.seed)
+        self._session = session.attach(channel, setup, self._take)
+        self._prints = Prints(channel.send, lambda: self._session.task)
+        self._prints.install()
+        self._reporter = Reporter(self._session, self._prints)
+        self._seeder.watch(lambda: self._seeder.of(*self._session.task[:2]))
+
+    def serve(self) -> None:
+        """Run what arrives until Stop. Raises ChannelClosed."""
+        before = threading.stack_size(256 << 10)  # it counts against the memory limit
+        threading.Thread(target=self._clock, name="grid-clock", daemon=True).start()
+        threading.stack_size(before)
+        while True:
+            item = self._next()
+            if item is None:
+                self._reporter.flush()
+                return
+            self._busy = True
+            if not self._clock_runs.is_set():
+                self._clock_runs.set()
+            try:
+                self._run(*item)
+            finally:
+                self._busy = False
+
+    # ---- frames ------------------------------------------------------------------------------------------------------
+
+    def _take(self, message: Any, body: Any) -> None:
+        """Take a frame that is none of the session's, in whichever thread read it."""
+        kind = type(message)
+        if kind is wire.Function:
+            self._functions[message.fn] = _Unloaded(body)
+            return
+        with self._arrived:
+            if kind is wire.Run:
+                self._queue.append((message, body))
+            elif kind is wire.Stop:
+                self._queue.append(None)
+            elif kind is wire.Revoke:
+                for item in self._queue:
+                    if item is not None and item[0].ticket == message.ticket:
+                        self._queue.remove(item)
+                        self._channel.send(wire.Returned(message.ticket))
+                        break
+            self._arrived.notify()
+
+    def _next(self) -> tuple[wire.Run, Any] | None:
+        """Wait for the next Run; None: stop."""
+        current = self._session
+        current.pump(_never, 0.0)  # a Revoke may stand behind the Run that it revokes
+        while True:
+            with self._arrived:
+                if self._queue:
+                    return self._queue.popleft()
+            if current.pump(lambda: self._queue):
+                continue
+            with self._arrived:  # the session's reader has taken over
+                while not self._queue and current.error is None:
+                    self._arrived.wait(TICK_S * IDLE_TICKS)
+            if not self._queue and current.error is not None:
+                raise ChannelClosed(str(current.error))
+
+    # ---- tasks -------------------------------------------------------------------------------------------------------
+
+    def _run(self, run: wire.Run, body: Any) -> None:
+        reporter = self._reporter
+        reporter.begin(run)
+        self._session.task = (run.stage, run.lo, run.attempt)
+        self._cell[2] = run.ticket
+        try:
+            function = self._function(run.fn)
+        except BaseException as error:
+            reporter.fail_all("raised", error, f"the function can't be loaded: {error}")
+            return
+        try:
+            call, items = self._load(run, body, function)
+        except BaseException as error:
+            reporter.fail_all("raised", error, f"the arguments can't be loaded: {error}")
+            return
+        del body
+        self._run_tasks(run, call, items)
+        self._cell[3] = run.hi - 1
+        self._cell[0] = -1
+        reporter.flush()
+
+    def _run_tasks(self, run: wire.Run, call: Callable[[Any], Any], items: Sequence[Any]) -> None:
+        cell, seeder, reporter, current = self._cell, self._seeder, self._reporter, self._session
+        stage, attempt, tiny, clock = run.stage, run.attempt, reporter.tiny, time.monotonic_ns
+        append = tiny.append
+        for index, item in enumerate(items, run.lo):
+            now_ns = clock()
+            if now_ns >= reporter.flush_at_ns or len(tiny) >= TINY_MAX:
+                reporter.flush(now_ns)
+            cell[1] = now_ns  # before the index: whoever reads between the two sees too young a task, never too old a one
+            cell[0] = index
+            current.task = (stage, index, attempt)
+            if seeder.active:
+                seeder.seed(seeder.of(stage, index))
+            try:
+                value = call(item)
+                if current.nested:
+                    current.finish_task(False)
+            except BaseException as error:
+                if isinstance(error, ChannelClosed):
+                    raise
+                self._failed(index, error)
+                continue
+            if type(value) in TINY:
+                append(value)
+            else:
+                reporter.keep(index, value)
+                del value
+
+    def _failed(self, index: int, error: BaseException) -> None:
+        if self._session.nested:
+            with contextlib.suppress(Exception):
+                self._session.finish_task(True)
+        self._reporter.fail(index, error, error.__traceback__)
+
+    def _function(self, number: int) -> Callable[..., Any]:
+        function = self._functions[number]
+        if type(function) is _Unloaded:
+            function = serialize.load_function(function.data)
+            self._functions[number] = function
+        return function  # type: ignore[no-any-return]
+
+    def _load(self, run: wire.Run, body: Any, function: Callable[..., Any]) -> tuple[Callable[[Any], Any], Sequence[Any]]:
+        """The call to make and the items to make it with, from a segment loaded before if it is one."""
+        lo, hi = run.lo - run.first, run.hi - run.first
+        segment = self._known(run, body, lo, hi)
+        if segment is None:
+            segment = serialize.load_segment(serialize.map_file(run.path) if run.path else body)
+            if len(segment.items) > hi - lo:
+                self._segments.append((run, body, segment))
+        items = segment.items
+        if len(items) > hi - lo:
+            part = items[lo:hi]
+            if isinstance(items, list):  # each is used once: tasks may change their arguments, and memory comes back
+                items[lo:hi] = [_USED] * (hi - lo)
+            items = part
+        if len(items) != hi - lo:
+            raise serialize.SegmentError(f"tasks [{run.lo}, {run.hi}) are not in their segment")
+        return segment.bind(function), items
+
+    def _known(self, run: wire.Run, body: Any, lo: int, hi: int) -> serialize.Segment | None:
+        for other, data, segment in self._segments:
+            if (
+                (other.stage, other.first, other.path) == (run.stage, run.first, run.path)
+                and data == body
+                and not any(item is _USED for item in segment.items[lo:hi])
+            ):
+                return segment
+        return None
+
+    # ---- the clock ---------------------------------------------------------------------------------------------------
+
+    def _clock(self) -> None:
+        """Thread: looks every TICK_S while there is work, at what a long task would otherwise hold up."""
+        idle = 0
+        last: Any = None
+        with contextlib.suppress(ChannelClosed):
+            while True:
+                idle = 0 if self._busy else idle + 1
+                if idle >= IDLE_TICKS:
+                    self._clock_runs.clear()
+                    if not self._busy:
+                        self._clock_runs.wait()
+                    idle = 0
+                time.sleep(TICK_S)
+                self._prints.flush()
+                if not self._busy:
+                    continue
+                self._reporter.flush_stale()
+                task = self._session.task
+                if task is last and self._channel.ready(0.0):
+                    self._session.start_reader()  # from now on frames are taken while tasks run
+                last = task
+
+
+class _Unloaded:
+    """A function's pickle."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+
+def _never() -> bool:
+    return False
+
+
+assert progress.CELL.size == 4 * struct.calcsize("q")

@@ -1,0 +1,299 @@
+"""What a worker does with tasks, whatever they do (real processes)."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from grid.api import serialize, wire
+from grid.worker.pool import JobProcesses
+from tests.worker.conftest import PATIENCE_S, Tasks, poll
+
+pytestmark = pytest.mark.real
+
+
+async def test_results_in_order(tasks: Tasks) -> None:
+    results = await tasks.run(lambda x: x * x, range(1000))
+    assert results == {i: i * i for i in range(1000)}
+    assert tasks.frames[-1].final
+
+
+async def test_results_of_all_shapes(tasks: Tasks) -> None:
+    """Scalars and others in turn keep their order."""
+    values: list[Any] = [1, "two", [3], None, {"four": 4}, (5.0,), b"six" * 100_000, True]
+    results = await tasks.run(lambda x: x, values)
+    assert list(results.values()) == values
+
+
+async def test_closure_and_partial_and_kwargs(tasks: Tasks) -> None:
+    captured = {"k": 10}
+    assert (await tasks.run(lambda x: x + captured["k"], [1]))[0] == 11
+    tasks.results.clear()
+    calls = [((2,), {"base": 2}), ((2, 3), None)]
+    assert await tasks.run(functools.partial(pow, 10), calls[1:], kind=serialize.CALL, stage=1) == {0: 1}
+    tasks.results.clear()
+    assert await tasks.run(lambda x, base=0: x * base, calls, kind=serialize.CALL, stage=2) == {0: 4, 1: 6}
+
+
+async def test_part_of_a_segment(tasks: Tasks) -> None:
+    """Bundles cut a segment anywhere; a retry sees fresh arguments although the first try changed them."""
+    await tasks.define(lambda x: x.append(1) or len(x))
+    items = [[0] * n for n in range(20)]
+    for lo, hi, attempt in ((5, 9, 0), (0, 5, 0), (9, 20, 0)):
+        await tasks.finish(await tasks.start(items, first=0, lo=lo, hi=hi, attempt=attempt))
+    assert tasks.results == {n: n + 1 for n in range(20)}
+    tasks.results.clear()
+    await tasks.finish(await tasks.start(items, first=0, lo=5, hi=6, attempt=1))
+    assert tasks.results == {5: 6}
+
+
+async def test_exception_keeps_its_type_and_traceback(tasks: Tasks) -> None:
+    def inner(x: int) -> int:
+        if x == 2:
+            raise KeyError("no such thing")
+        return x
+
+    await tasks.run(lambda x: inner(x), [0, 1, 2, 3])
+    assert tasks.results == {0: 0, 1: 1, 3: 3}
+    failed, error = tasks.failures[2]
+    assert isinstance(error, KeyError)
+    assert (failed.kind, failed.type_name, failed.message) == ("raised", "KeyError", "'no such thing'")
+    frames = [line for line in failed.traceback.splitlines() if line.startswith("  File")]
+    assert all(__file__ in line for line in frames), failed.traceback
+    assert frames[0].endswith("in <lambda>")
+    assert frames[1].endswith("in inner")
+
+
+async def test_unpicklable_exception(tasks: Tasks) -> None:
+    class Stubborn(Exception):
+        def __init__(self) -> None:
+            super().__init__("it holds a lock")
+            self.lock = threading.Lock()
+
+    def fail(x: int) -> None:
+        raise Stubborn
+
+    await tasks.run(fail, [0])
+    failed, error = tasks.failures[0]
+    assert error is None
+    assert failed.kind == "raised"
+    assert failed.type_name.endswith("Stubborn")
+    assert failed.message == "it holds a lock"
+    assert "raise Stubborn" in failed.traceback or "in fail" in failed.traceback
+
+
+async def test_unpicklable_result_names_its_type(tasks: Tasks) -> None:
+    await tasks.run(lambda x: {"lock": threading.Lock()} if x == 1 else x, [0, 1, 2])
+    assert tasks.results == {0: 0, 2: 2}
+    failed, _ = tasks.failures[1]
+    assert failed.kind == "unpicklable"
+    assert "dict" in failed.message
+    assert "lock" in failed.message
+
+
+async def test_generator_and_coroutine_results_are_type_errors(tasks: Tasks) -> None:
+    async def coroutine() -> None: ...
+
+    def task(x: int) -> Any:
+        return (n for n in range(3)) if x else coroutine()
+
+    await tasks.run(task, [0, 1])
+    for index, word in ((0, "coroutine"), (1, "generator")):
+        failed, error = tasks.failures[index]
+        assert isinstance(error, TypeError)
+        assert word in failed.message
+    assert not tasks.prints  # no warning about a coroutine that was never awaited
+
+
+async def test_sys_exit_is_a_task_error(tasks: Tasks) -> None:
+    def leave(x: int) -> int:
+        if x == 0:
+            raise SystemExit(3)
+        return x
+
+    await tasks.run(leave, [0, 1])
+    failed, error = tasks.failures[0]
+    assert (failed.type_name, failed.message, error) == ("SystemExit", "called sys.exit(3)", None)
+    assert tasks.results == {1: 1}
+
+
+async def test_function_that_cannot_be_loaded(tasks: Tasks) -> None:
+    await tasks.child.send(wire.Function(0), b"\x80\x05cno_such_module\nfunction\n.")
+    await tasks.finish(await tasks.start([1, 2]))
+    assert set(tasks.failures) == {0, 1}
+    failed, error = tasks.failures[0]
+    assert isinstance(error, ModuleNotFoundError)
+    assert "no_such_module" in failed.message
+    assert (await tasks.run(abs, [-1], stage=1))[0] == 1
+
+
+async def test_arguments_that_cannot_be_loaded(tasks: Tasks) -> None:
+    await tasks.define(abs)
+    await tasks.child.send(wire.Run(1, 0, 0, 0, 0, 1), b"garbage")
+    await tasks.finish(1)
+    assert tasks.failures[0][0].kind == "raised"
+    assert "arguments" in tasks.failures[0][0].message
+
+
+async def test_large_result_goes_through_the_spool(tasks: Tasks, tmp_path: Path) -> None:
+    results = await tasks.run(lambda n: b"x" * n, [3 << 20, 10])
+    assert [len(results[0]), len(results[1])] == [3 << 20, 10]
+    assert tasks.frames[0].path.startswith(str(tmp_path / "spool"))
+
+
+async def test_spool_that_cannot_be_written(tasks: Tasks, tmp_path: Path) -> None:
+    (tmp_path / "spool").rmdir()
+    await tasks.run(lambda n: b"x" * n, [3 << 20, 10])
+    failed, _ = tasks.failures[0]
+    assert failed.kind == "failed"
+    assert "can't write" in failed.message
+    assert len(tasks.results[1]) == 10
+
+
+async def test_prints_carry_their_task(tasks: Tasks) -> None:
+    def chat(x: int) -> None:
+        import os
+        import sys
+
+        print("line", x)
+        print("error", x, file=sys.stderr)
+        sys.stdout.write("no newline")
+        if x == 2:
+            os.write(1, b"from C\n")
+
+    await tasks.run(chat, [0, 1, 2], stage=4)
+    if not any(b"from C" in text for *_, text in tasks.prints):
+        await tasks.until(lambda *_: any(b"from C" in text for *_, text in tasks.prints))
+    for x in range(3):
+        mine = [(fd, text) for stage, index, fd, text in tasks.prints if (stage, index) == (4, x) and b"C" not in text]
+        assert mine == [(1, b"line %d\n" % x), (2, b"error %d\n" % x), (1, b"no newline")]
+    assert (4, 2, 1, b"from C\n") in tasks.prints
+
+
+async def test_prints_of_one_task_are_bounded(tasks: Tasks) -> None:
+    def drown(x: int) -> None:
+        for _ in range(3000):
+            print("x" * 1000)
+
+    await tasks.run(drown, [0])
+    size = sum(len(text) for *_, text in tasks.prints)
+    assert 1 << 20 <= size < 1.1 * (1 << 20)
+    assert b"the rest is dropped" in tasks.prints[-1][3]
+
+
+async def test_finished_results_do_not_wait_for_a_long_task(tasks: Tasks, tmp_path: Path) -> None:
+    """The second task waits for a file that the test writes once it has the first one's result and print."""
+    gate = str(tmp_path / "gate")
+
+    def task(x: int) -> int:
+        import os
+        import time
+
+        if x:
+            print("waiting")
+        while x and not os.path.exists(gate):
+            time.sleep(0.01)
+        return x
+
+    await tasks.define(task)
+    ticket = await tasks.start([0, 1])
+    await tasks.until(lambda *_: 0 in tasks.results and bool(tasks.prints))
+    assert 1 not in tasks.results
+    assert tasks.child.progress()[0] == 1
+    assert tasks.child.overdue(tasks.child.progress()[1] + 2_000_000_000, 1.0) == 1
+    assert tasks.child.overdue(tasks.child.progress()[1], 1.0) is None
+    (tmp_path / "gate").touch()
+    await tasks.finish(ticket)
+    assert tasks.results == {0: 0, 1: 1}
+
+
+async def test_revoked_while_another_task_runs(tasks: Tasks, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+
+    def task(x: int) -> int:
+        import os
+        import time
+
+        while not os.path.exists(gate):
+            time.sleep(0.01)
+        return x
+
+    await tasks.define(task)
+    first = await tasks.start([0])
+    second = await tasks.start([1], first=1)
+    third = await tasks.start([2], first=2)
+    await poll(lambda: tasks.child.progress()[0] == 0)  # the first has begun: it is not affected
+    for ticket in (first, second):
+        await tasks.child.send(wire.Revoke(ticket))
+    returned = await tasks.until(lambda message, _: isinstance(message, wire.Returned))
+    assert returned.ticket == second
+    (tmp_path / "gate").touch()
+    await tasks.finish(third)
+    assert tasks.results == {0: 0, 2: 2}
+
+
+async def test_seeds_depend_on_the_task_alone(job: JobProcesses) -> None:
+    """However a stage is cut up and whoever runs it; also where `random` is imported in the middle of a task."""
+
+    def draw(x: int) -> float:
+        import random
+
+        return random.random()
+
+    with trio.fail_after(PATIENCE_S):
+        one, other = Tasks(await job.start_worker()), Tasks(await job.start_worker())
+    whole = dict(await one.run(draw, range(6)))
+    await other.define(draw)
+    for lo, hi in ((4, 6), (0, 1), (1, 4)):
+        await other.finish(await other.start(range(6), first=0, lo=lo, hi=hi))
+    assert other.results == whole
+    assert len(set(whole.values())) == 6
+    one.results.clear()
+    assert set((await one.run(draw, range(6), stage=1)).values()).isdisjoint(whole.values())
+
+
+async def test_idle_worker_has_not_imported_random(tasks: Tasks) -> None:
+    """If it had, every task would pay for seeding it."""
+    import sys
+
+    loaded = await tasks.call(lambda: sorted(sys.modules))
+    assert "random" not in loaded
+    assert "cloudpickle" in loaded
+
+
+async def test_class_of_the_script_as_result(tasks: Tasks) -> None:
+    class Point:
+        def __init__(self, x: int) -> None:
+            self.x = x
+
+    results = await tasks.run(lambda x: Point(x), [1, 2])
+    assert [results[0].x, results[1].x] == [1, 2]
+
+
+async def test_process_forked_by_a_task_leaves_the_worker_alone(tasks: Tasks) -> None:
+    def task(x: int) -> int:
+        import os
+
+        pid = os.fork()
+        if pid == 0:
+            print("from the fork", flush=True)
+            return -1  # back into a loop that is not its own
+        return os.waitpid(pid, 0)[0] - pid + x
+
+    assert await tasks.run(task, [5, 6]) == {0: 5, 1: 6}
+
+
+async def test_stop_lets_queued_tasks_finish(tasks: Tasks) -> None:
+    await tasks.define(lambda x: x)
+    ticket = await tasks.start([1, 2])
+    await tasks.child.send(wire.Stop())
+    await tasks.finish(ticket)
+    with trio.fail_after(PATIENCE_S):
+        await tasks.child.exited.wait()
+        assert [frame async for frame in tasks.child.frames] == []
+    assert (tasks.child.status, tasks.child.why) == (0, "")
