@@ -26,7 +26,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34", "cyan": "36"}
 STATE_STYLES = {
     "running": "cyan", "finished": "green", "failed": "red", "cancelled": "yellow", "pending": "dim",
-    "alive": "green", "suspect": "yellow", "dead": "red", "leaving": "yellow",
+    "alive": "green", "leaving": "yellow", "silent": "red",
 }  # fmt: skip
 
 
@@ -191,6 +191,11 @@ def clean(text: str) -> str:
 def short(id_: str) -> str:
     """Return an id as people see it."""
     return clean(id_[:SHORT_ID_CHARS])
+
+
+def owner_of(row: Mapping[str, Any]) -> str:
+    """Return who a peer or job belongs to: the name its machine gives, else the short id."""
+    return clean(str(row.get("owner_name") or short(str(row.get("owner", "")))))
 
 
 def format_duration(duration_s: float) -> str:

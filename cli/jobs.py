@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.console import clean, console, format_age, short
+from cli.console import clean, console, format_age, owner_of, short
 from cli.options import Debug, JobArgument, Json, open_client, resolve_job
 from cli.status import show_jobs
 
@@ -41,10 +41,11 @@ def _show(job: Mapping[str, Any]) -> None:
     fields = {
         "job": str(job.get("id", "")),
         "name": str(job.get("name", "")),
-        "owner": short(str(job.get("owner", ""))),
+        "owner": owner_of(job),
         "state": str(job.get("state", "")),
         "exit": "" if job.get("exit_code") is None else str(job["exit_code"]),
-        "age": format_age(job.get("submitted_s")),
+        "age": format_age(job.get("submitted_s") or job.get("submitted_at")),
+        "error": str(job.get("error") or ""),
         "leader": f"{short(str(job.get('leader') or '-'))}, epoch {job.get('epoch', 0)}",
         "replicas": " ".join(short(str(peer)) for peer in job.get("replicas", ())),
         "recovered": "yes: a minority of the replicas carried on" if job.get("recovered") else "",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import trio
 
 POLL_INTERVAL_S = 1.0
+FOOTER = "Ctrl-C stops this peer; 'grid invite' prints a line for another machine"
 
 
 def join(
@@ -147,6 +149,20 @@ def _announce(ready: Mapping[str, Any], how: str) -> None:
         console.data(f"grid join {ready['invite']}")
 
 
+class LogHandler(logging.Handler):
+    """Passes what the parts of the peer log to the report."""
+
+    def __init__(self, report: Callable[[Mapping[str, Any]], None]) -> None:
+        super().__init__(logging.DEBUG if console.debug else logging.INFO)
+        self.setFormatter(logging.Formatter("%(message)s"))
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Report a line, and in a log the traceback below it."""
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        self._report({"event": "log", "text": level + self.format(record)})
+
+
 class LogReport:
     """What a peer reports, as lines: the paste-ready command on stdout, the rest on stderr with the time."""
 
@@ -160,7 +176,8 @@ class LogReport:
             console.say("that invite was used; a fresh one for the next machine:", "dim")
             console.data(f"grid join {event['invite']}")
         elif event.get("text"):
-            console.say(f"{time.strftime('%H:%M:%S')} {clean(str(event['text']))}")
+            first, *rest = str(event["text"]).splitlines()
+            console.say("\n".join([f"{time.strftime('%H:%M:%S')} {clean(first)}", *map(clean, rest)]))
 
     async def poll(self, home: Home) -> None:
         """Nothing to refresh."""
@@ -182,17 +199,20 @@ class LiveReport:
         self._console = Console(stderr=True, highlight=False)
         self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._live.start()
-        self._invite = ""
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         kind = event.get("event")
         if kind in ("ready", "invite"):
-            self._invite = f"grid join {event['invite']}" if event.get("invite") else ""
-            text = f"{'serving at ' + str(event['address']) if kind == 'ready' else 'a fresh invite'}"
-            self._print(f"{text}; on the next machine type:")
-            self._print(self._invite, stamp=False)
+            text = f"serving at {event['address']}" if kind == "ready" else "that invite was used"
+            if event.get("invite"):
+                self._print(f"{text}; on the next machine type:")
+                self._print(f"grid join {event['invite']}", stamp=False)
+            else:
+                self._print(text)
         elif event.get("text"):
-            self._print(str(event["text"]))
+            lines = str(event["text"]).splitlines()
+            for line in lines if console.debug else lines[:1]:
+                self._print(line)
 
     def _print(self, text: str, *, stamp: bool = True) -> None:
         from rich.text import Text
@@ -213,7 +233,7 @@ class LiveReport:
         while True:
             with contextlib.suppress(ControlError):  # not serving yet, or no more
                 self._view.update(await trio.to_thread.run_sync(ask, abandon_on_cancel=True))
-                self._live.update(self._view.render(), refresh=True)
+                self._live.update(self._view.render(FOOTER), refresh=True)
             await trio.sleep(POLL_INTERVAL_S)
 
     def close(self) -> None:
@@ -233,6 +253,10 @@ def _serve(home: Home, options: JoinOptions) -> None:
             home.settle(options)  # what worked is remembered
         report(event)
 
+    logger = logging.getLogger()
+    handler = LogHandler(report)
+    logger.addHandler(handler)
+    logger.setLevel(handler.level)
     try:
         trio.run(functools.partial(_run, home, settled, report, on_event))
     except BaseException as error:
@@ -241,6 +265,7 @@ def _serve(home: Home, options: JoinOptions) -> None:
             raise
         raise leaf from None
     finally:
+        logger.removeHandler(handler)
         report.close()
         if options.throwaway:
             shutil.rmtree(home.path, ignore_errors=True)
@@ -248,6 +273,7 @@ def _serve(home: Home, options: JoinOptions) -> None:
 
 async def _run(home: Home, options: JoinOptions, report: LogReport | LiveReport, on_event: Any) -> None:
     import trio
+
     from grid.peer import serve
 
     async with trio.open_nursery() as nursery:

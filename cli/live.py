@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import STATE_STYLES, clean, format_age, format_count, short
+from cli.console import STATE_STYLES, clean, format_age, format_count, owner_of, short
 
 HISTORY_SAMPLES = 60
 """One a second: the sparkline spans a minute."""
@@ -42,14 +42,14 @@ class GridView:
             self._rates.append(gained / (now_s - self._at_s))
         self._done, self._at_s, self.status = done, now_s, status
 
-    def render(self, invite: str = "") -> RenderableType:
-        """Return the view; `invite` is the command to paste on the next machine."""
-        parts: list[RenderableType] = [self._head(), self._peers()]
+    def render(self, footer: str = "") -> RenderableType:
+        """Return the view, with a last line of the caller's."""
+        parts: list[RenderableType] = [Text(""), self._head(), Text(""), self._peers(), Text("")]
         if self.status.get("jobs"):
-            parts.append(self._jobs())
+            parts += [self._jobs(), Text("")]
         parts.append(self._throughput())
-        if invite:
-            parts.append(Text(f"add a machine:  {invite}", style="dim", no_wrap=True, overflow="fold"))
+        if footer:
+            parts.append(Text(footer, style="dim"))
         return Group(*parts)
 
     def _head(self) -> Text:
@@ -78,14 +78,14 @@ class GridView:
                 f"{busy}/{total}",
                 " ".join(short(str(job)) for job in peer.get("leads", ())) or "-",
                 clean(str(peer.get("address", ""))),
-                short(str(peer.get("owner", ""))),
+                owner_of(peer),
             )
         if len(peers) > PEERS_SHOWN_MAX:
             table.add_row("…", f"and {len(peers) - PEERS_SHOWN_MAX} more")
         return table
 
     def _jobs(self) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(1, 2, 0, 0), header_style="dim", collapse_padding=True)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for title in ("job", "name", "state", "tasks", "", "failed", "leader", "age"):
             table.add_column(title, no_wrap=True)
         order = {"running": 0, "pending": 1}
@@ -125,8 +125,8 @@ def _slots(peer: Mapping[str, Any]) -> tuple[int, int]:
 
 def _bar(part: int, whole: int, style: str) -> Text:
     filled = min(BAR_CHARS, round(part / whole * BAR_CHARS)) if whole > 0 else 0
-    bar = Text("━" * filled, style=style)
-    return bar.append("━" * (BAR_CHARS - filled), style="bright_black")
+    bar = Text("█" * filled, style=style)
+    return bar.append("░" * (BAR_CHARS - filled), style="bright_black")
 
 
 def _style(state: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.console import console, format_age, is_terminal, short
+from cli.console import console, format_age, is_terminal, owner_of, short
 from cli.options import Debug, Json, open_client
 from grid.api.client import Client
 
@@ -58,7 +58,7 @@ def _peer_row(peer: Mapping[str, Any], own_id: object) -> list[str]:
         f"{slots.get('busy', 0)}/{slots.get('total', 0)}",
         " ".join(short(str(job)) for job in peer.get("leads", ())) or "-",
         str(peer.get("address", "")),
-        short(str(peer.get("owner", ""))),
+        owner_of(peer),
         str(peer.get("version", "")),
     ]
 
@@ -75,7 +75,7 @@ def show_jobs(jobs: list[Mapping[str, Any]]) -> None:
                 f"{job.get('done') or 0}/{job.get('total') or 0}",
                 str(job.get("failed") or 0),
                 short(str(job.get("leader") or "-")),
-                short(str(job.get("owner", ""))),
+                owner_of(job),
                 format_age(job.get("submitted_s")),
             ]
             for job in jobs

@@ -79,7 +79,7 @@ class Node:
         self._address = address
         self._advertise = advertise
         self._rng = rng if rng is not None else random.SystemRandom()
-        self._clock = clock
+        self.clock = clock
         self._info = info
         self._tuning = tuning or Tuning()
         self._saved = SavedContacts(state_path)
@@ -98,7 +98,7 @@ class Node:
         trying while alone. `ready` is set at the first contact's answer, or when nobody answered in the first round.
         Raises `OSError` when the address can't be bound, `MembershipError` when the own certificate isn't valid.
         """
-        self.membership.check(self.membership.chain, self._clock())
+        self.membership.check(self.membership.chain, self.clock())
         socket = await self._network.open_datagram(self._address)
         try:
             self.address: Address = socket.address
@@ -126,7 +126,7 @@ class Node:
             source,
             self._storage,
             rng=self._rng,
-            clock=self._clock,
+            clock=self.clock,
             info=self._info,
             advertise=self._advertise,
         )
@@ -201,7 +201,7 @@ class Node:
         protocol = self._protocol
         try:
             if chain:
-                protocol.trust.learn(chain, self._clock())
+                protocol.trust.learn(chain, self.clock())
             contact = Contact(key, address) if key is not None else await protocol.rpc.probe(address)
             await protocol.call_ping(contact)
         except (Unanswered, MembershipError):
@@ -225,7 +225,7 @@ class Node:
         Raises `RecordError` when it is too large or this node publishes too much.
         """
         protocol = self._protocol
-        now_s = self._clock()
+        now_s = self.clock()
         old = self._published.get((key, record_kind))
         if old is None and len(self._published) >= PUBLISHED_MAX:
             raise RecordError(f"this peer publishes {PUBLISHED_MAX} records already")
@@ -234,7 +234,7 @@ class Node:
         record = self._sign(key, record_kind, seq, value, now_s + lifetime_s)
         published = _Published(record, now_s + lifetime_s, trio.current_time() + REPUBLISH_S_MIN)
         self._published[key, record_kind] = published
-        protocol.storage.put(record, self.membership.chain)
+        protocol.keep(record, self.membership.chain)
         return await self._store(record)
 
     def withdraw(self, record_kind: str, key: bytes) -> None:
@@ -252,7 +252,7 @@ class Node:
         return newest([*found, *own])
 
     def _sign(self, key: bytes, kind: str, seq: int, value: bytes, until_s: float) -> Record:
-        expires_s = int(min(until_s, self._clock() + LIFETIME_S_MAX)) + 1
+        expires_s = int(min(until_s, self.clock() + LIFETIME_S_MAX)) + 1
         return make_record(self.membership.grid, self.membership.identity, key, kind, seq, expires_s, value)
 
     async def _store(self, record: Record) -> int:
@@ -276,7 +276,7 @@ class Node:
         return acknowledged
 
     async def _republish(self) -> None:
-        now_s, done = self._clock(), 0
+        now_s, done = self.clock(), 0
         for name, published in list(self._published.items()):
             if published.until_s <= now_s:
                 del self._published[name]
@@ -286,13 +286,13 @@ class Node:
 
     async def _renew(self, published: _Published) -> None:
         record = published.record
-        if record.expires_s < min(published.until_s, self._clock() + LIFETIME_S_MAX / 2):
+        if record.expires_s < min(published.until_s, self.clock() + LIFETIME_S_MAX / 2):
             record = self._sign(record.key, record.kind, record.seq + 1, record.value, published.until_s)
             published.record = record
         published.pause_s = min(2 * published.pause_s, self._tuning.republish_s_max)
         published.due_s = trio.current_time() + self._rng.uniform(0.75, 1.25) * published.pause_s
         try:
-            self._storage.put(record, self.membership.chain)
+            self._protocol.keep(record, self.membership.chain)
         except RecordError:
             self.counters["refused_record"] += 1
         await self._store(record)

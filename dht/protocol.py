@@ -100,7 +100,7 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         advertise: Address | None = None,
         k: int = K,
     ) -> None:
-        super().__init__(source, storage, k)
+        # not the package's __init__: it makes a table that reads the system's clock
         self.rpc: Rpc
         self.router = Table(k, source, trio.current_time)
         self.storage: Storage = storage
@@ -117,6 +117,7 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         self.named: OrderedDict[bytes, Contact] = OrderedDict()
         self._gone_s: OrderedDict[bytes, float] = OrderedDict()
         self.attention = trio.Event()
+        self.on_kept: Callable[[bytes], None] = lambda key: None
         self._introducing: dict[bytes, _Introduction] = {}
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -158,7 +159,7 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         if held is None or held.address != contact.address:
             return
         state = self.rpc.states.of(contact.id)
-        if asked_s < state.missed_s or asked_s < state.heard_s:
+        if asked_s <= state.missed_s or asked_s < state.heard_s:
             return
         state.misses, state.missed_s = state.misses + 1, trio.current_time()
         if state.misses >= MISSES_MAX:
@@ -295,10 +296,16 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
             chain = self.chain_of(record.issuer)
             if chain is None:
                 return Stored(NEED_CHAIN)
-            return Stored(STORED if self.storage.put(record, chain) else STALE)
+            return Stored(STORED if self.keep(record, chain) else STALE)
         except RecordError:
             self.rpc.counters["refused_record"] += 1
             return Stored(REFUSED)
+
+    def keep(self, record: Record, chain: Chain) -> bool:
+        """Hold a verified record; see `Storage.put`."""
+        is_kept = self.storage.put(record, chain)
+        self.on_kept(record.key)
+        return is_kept
 
     def rpc_info(self, sender: Contact) -> bytes:
         return self.info()[:INFO_BYTES_MAX]

@@ -62,6 +62,7 @@ class Upkeep:
         self._keys: list[bytes] = []
         self.ready = ready
         self._found_somebody = trio.Event()
+        protocol.on_kept = self._note_kept
 
     def _varied(self, seconds: float) -> float:
         return seconds * self._protocol.rng.uniform(0.75, 1.25)
@@ -213,17 +214,21 @@ class Upkeep:
                 for contact in new:
                     nursery.start_soon(self._hand_over, key, records, contact)
 
+    def _note_kept(self, key: bytes) -> None:
+        """Whoever brings a record brings it to all who should hold it now: only later comers need to be told."""
+        if key not in self._placed:
+            nearest = self._protocol.router.find_neighbors(Target(key), REPLICAS)
+            offered_s = trio.current_time() + self._varied(0.5 * self._tuning.reoffer_s)
+            self._placed[key] = _Placed({c.id: None for c in nearest}, offered_s)
+
     def _newcomers(self, key: bytes) -> list[Contact]:
         """The contacts that should hold `key`, did not at the last look, and are this peer's to tell."""
         protocol, now_s, target = self._protocol, trio.current_time(), Target(key)
         me = protocol.source_node
         nearest = protocol.router.find_neighbors(target, REPLICAS)
         own_place = sum(target.distance_to(c) < target.distance_to(me) for c in nearest)
-        placed = self._placed.get(key)
         holders: dict[bytes, None] = {c.id: None for c in nearest}
-        if placed is None:
-            self._placed[key] = _Placed(holders, now_s + self._varied(0.5 * self._tuning.reoffer_s))
-            return []
+        placed = self._placed.setdefault(key, _Placed(holders, now_s))
         if own_place >= REPLICAS:
             placed.holders = holders
             return []

@@ -34,8 +34,8 @@ ADDRESS_CHARS_MAX = 270
 """A DNS name (RFC 1035: 253 characters) and a port."""
 INVITE_CHARS_MAX = 4_096
 """Longer text is not looked at: the longest real invite has 2,000 characters."""
-USES_MAX = 10_000
-"""Uses of one invite: a lab's worth of machines."""
+USES_MAX = 256
+"""Uses of one invite: a lab's worth of machines, and what the records that count them have room for."""
 
 _TEXT = re.compile(r"grid(\d)([a-z2-7]*)")
 _SHORT = "this invite is cut short: copy the whole line"

@@ -20,7 +20,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from grid.api import serialize, wire
 from grid.api.errors import GridError
@@ -182,32 +182,54 @@ def has_magic(text: str) -> bool:
     return any(char in text for char in "*?[")
 
 
-def walk(folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+Skipped: TypeAlias = Callable[[str, str], None]
+"""Told of what a walk leaves out: relative path, reason."""
+
+
+def walk(folder: str, skipped: Skipped | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield (path relative to the folder with "/", entry) of all regular files below it, links followed, no dotfiles.
 
     A folder met twice on the way down (a loop of links) is entered once.
     """
-    stack: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(folder, "", frozenset())]
+    skip = skipped or _ignore
+    stack: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(folder, "", _key(folder))]
     while stack:
         path, prefix, above = stack.pop()
         try:
             with os.scandir(path) as scan:
                 entries = sorted(scan, key=lambda entry: entry.name)
-        except (PermissionError, FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            skip(prefix, error.strerror or "it can't be read")
             continue
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             try:
                 if entry.is_dir():
-                    stat = os.stat(entry.path)
-                    key = (stat.st_dev, stat.st_ino)
-                    if key not in above:
-                        stack.append((entry.path, f"{prefix}{entry.name}/", above | {key}))
+                    key = _key(entry.path)
+                    if key and key <= above:
+                        skip(prefix + entry.name, "the link leads back up")
+                    else:
+                        stack.append((entry.path, f"{prefix}{entry.name}/", above | key))
                 elif entry.is_file():
                     yield prefix + entry.name, entry
-            except OSError:
-                continue
+                else:
+                    skip(prefix + entry.name, "not a regular file")
+            except OSError as error:
+                skip(prefix + entry.name, error.strerror or "it can't be read")
+
+
+def _key(folder: str) -> frozenset[tuple[int, int]]:
+    """A folder's identity, as a set of one."""
+    try:
+        stat = os.stat(folder)
+    except OSError:
+        return frozenset()
+    return frozenset({(stat.st_dev, stat.st_ino)})
+
+
+def _ignore(path: str, reason: str) -> None:
+    pass
 
 
 def _local(folder: str, pattern: str) -> list[File]:
@@ -221,9 +243,9 @@ def _local(folder: str, pattern: str) -> list[File]:
         fixed.append(part)
     start = "/".join(fixed) or ("/" if absolute else "")
     root = start if absolute else os.path.join(folder, start)
-    if any(part.startswith(".") and part not in (".", "..") for part in fixed):
-        return []
     if os.path.isfile(root):
+        if os.path.basename(root).startswith("."):
+            return []
         return [File(start, os.stat(root).st_size, os.path.abspath(root))]
     matches = matcher(pattern)
     prefix = "" if start in ("", ".") else start.rstrip("/") + "/"

@@ -143,8 +143,8 @@ def hash_mapped(path: Path, size: int) -> BlobId:
 
 
 def read_range(disk: Disk, path: Path, offset: int, length: int) -> bytes:
-    """Exactly these bytes of a file; OSError if it is shorter."""
-    fd = disk.open(path, os.O_RDONLY)
+    """Exactly these bytes of a file; OSError if it is shorter. Never waits for the writer of a pipe."""
+    fd = disk.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         return _read_exactly(disk, fd, offset, length)
     finally:

@@ -6,10 +6,10 @@ from grid.blobs.blob import BlobId
 
 
 class Pins:
-    """Sets of blobs by owner, counted by blob."""
+    """Blobs by owner, in order (so that what follows is the same in each run), counted by blob."""
 
     def __init__(self) -> None:
-        self._owners: dict[str, set[BlobId]] = {}
+        self._owners: dict[str, dict[BlobId, None]] = {}
         self._counts: dict[BlobId, int] = {}
 
     def __contains__(self, blob: BlobId) -> bool:
@@ -17,16 +17,17 @@ class Pins:
 
     def add(self, owner: str, blob: BlobId) -> None:
         """Idempotent."""
-        pins = self._owners.setdefault(owner, set())
+        pins = self._owners.setdefault(owner, {})
         if blob not in pins:
-            pins.add(blob)
+            pins[blob] = None
             self._counts[blob] = self._counts.get(blob, 0) + 1
 
     def drop(self, owner: str, blob: BlobId | None = None) -> list[BlobId]:
         """Drop one pin of `owner`, or all; return the blobs nobody pins any more."""
-        pins = self._owners.get(owner, set())
+        pins = self._owners.get(owner, {})
         dropped = list(pins) if blob is None else [blob] if blob in pins else []
-        pins.difference_update(dropped)
+        for each in dropped:
+            del pins[each]
         if not pins:
             self._owners.pop(owner, None)
         freed = []

@@ -111,7 +111,7 @@ class Dialler:
                 except Refused:
                     raise
                 except (OSError, HandshakeError) as error:
-                    tried[address] = f"{format_address(address)}: {_brief(error)}"
+                    tried[address] = f"{format_address(address)}: {brief(error)}"
         raise PeerUnreachable(peer, "; ".join(tried.values()) or "no address of it is known")
 
     async def _located(self, peer: PeerId) -> list[Address]:
@@ -120,7 +120,11 @@ class Dialler:
         return []
 
 
-def _brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
+    """An error in a few words: of trio's "all attempts failed", what one of the attempts said."""
+    cause = error.__cause__
+    if isinstance(error, OSError) and error.strerror is None and cause is not None:
+        return brief(cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

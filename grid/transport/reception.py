@@ -53,6 +53,9 @@ class Reception:
                     log.warning("can't accept connections for now: %s", error)
                     await trio.sleep(ACCEPT_PAUSE_S)
                     continue
+                except trio.ClosedResourceError:  # the host is shutting down (in a simulation: was killed)
+                    log.warning("no longer listening: the socket was closed")
+                    return
                 nursery.start_soon(self._welcome, stream, remote)
 
     async def _welcome(self, stream: HalfCloseableStream, remote: Address) -> None:

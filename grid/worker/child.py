@@ -2,7 +2,7 @@
 
 Rules this file keeps:
 
-- what is received while a task runs (by its nested calls, or by the session's reader once the task takes long) is queued;
+- what is received while a task runs (by its nested calls, or by the clock when the task takes long) is queued;
 - each Run is answered exactly once in full (reporting.py), whatever its tasks do short of ending the process;
 - the work for a trivial task stays well under a microsecond: nothing is hashed, locked or sent for a single one;
 - when the peer is gone, so is the worker.
@@ -89,6 +89,9 @@ class Worker:
         self._clock_runs = threading.Event()
         self._seeder = Seeder(setup.seed)
         self._session = session.attach(channel, setup, self._take)
+        self._pump = self._session.pump
+        self._pumping = threading.RLock()
+        self._session.pump = self._guarded_pump  # type: ignore[method-assign]
         self._prints = Prints(channel.send, lambda: self._session.task)
         self._prints.install()
         self._reporter = Reporter(self._session, self._prints)
@@ -113,6 +116,19 @@ class Worker:
                 self._busy = False
 
     # ---- frames ------------------------------------------------------------------------------------------------------
+
+    def _guarded_pump(self, until: Callable[[], object], deadline: float | None = None) -> bool:
+        """The session's pump, during which the clock does not read: it could take the very frame that is waited for."""
+        with self._pumping:
+            return self._pump(until, deadline)
+
+    def _take_waiting(self) -> None:
+        """Called by the clock while a task runs: take the frames that are there."""
+        if self._pumping.acquire(blocking=False):
+            try:
+                self._pump(_never, 0.0)
+            finally:
+                self._pumping.release()
 
     def _take(self, message: Any, body: Any) -> None:
         """Take a frame that is none of the session's, in whichever thread read it."""
@@ -246,7 +262,6 @@ class Worker:
     def _clock(self) -> None:
         """Thread: looks every TICK_S while there is work, at what a long task would otherwise hold up."""
         idle = 0
-        last: Any = None
         with contextlib.suppress(ChannelClosed):
             while True:
                 idle = 0 if self._busy else idle + 1
@@ -260,10 +275,7 @@ class Worker:
                 if not self._busy:
                     continue
                 self._reporter.flush_stale()
-                task = self._session.task
-                if task is last and self._channel.ready(0.0):
-                    self._session.start_reader()  # from now on frames are taken while tasks run
-                last = task
+                self._take_waiting()
 
 
 class _Unloaded:

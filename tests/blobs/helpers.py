@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 from grid.blobs.blob import SMALL_BYTES_MAX, BlobId
+from grid.blobs.disk import allocated
 from grid.blobs.store import BlobStore
 
 GIB = 1 << 30
@@ -24,3 +26,7 @@ async def content(store: BlobStore, blob: BlobId) -> bytes:
     path = await store.path(blob)
     assert path is not None
     return path.read_bytes()
+
+
+def bytes_on_disk(root: Path) -> int:
+    return sum(allocated(p.stat().st_size) for p in root.rglob("*") if p.is_file())

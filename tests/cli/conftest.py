@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -82,10 +83,8 @@ def peer(grid: Grid) -> Iterator[Grid]:
         yield grid
     finally:
         pid = int((grid.home / "lock").read_text())
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:

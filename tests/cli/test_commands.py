@@ -11,7 +11,18 @@ from tests.cli.conftest import FINISHED, Grid, error_line
 
 JOB_KEYS = {"id", "name", "owner", "state"}
 REPORTING = ["status", "jobs", "invite", "explain last", "show last", "doctor"]
-NEED_PEER = ["status", "jobs", "invite", "leave", "trust all", "revoke ab", "show last", "logs last", "cancel last", "explain last"]
+NEED_PEER = [
+    "status",
+    "jobs",
+    "invite",
+    "leave",
+    "trust all",
+    "revoke ab",
+    "show last",
+    "logs last",
+    "cancel last",
+    "explain last",
+]
 
 
 def test_version(grid: Grid) -> None:

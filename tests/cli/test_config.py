@@ -122,7 +122,10 @@ def test_home_in_folder_with_other_things_refused(tmp_path: Path) -> None:
 
 def test_lock_names_the_holder_and_dies_with_it(tmp_path: Path) -> None:
     home = Home.open(tmp_path / "h", create=True)
-    hold = "import sys; from grid.config import Home\nwith Home.open(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
+    hold = (
+        "import sys; from grid.config import Home\n"
+        "with Home.open(sys.argv[1]).lock(): print('held', flush=True); sys.stdin.read()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", hold, str(home.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
     )

@@ -1,4 +1,8 @@
-"""Each scenario runs in memory under virtual time, and on real loopback sockets."""
+"""Each scenario runs in memory under virtual time, and on real loopback sockets.
+
+A test that asks for `world` must ask for `clock` too (for `memory_world`: `autojump_clock`): pytest-trio only uses a clock
+that is among the test's own arguments.
+"""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ async def test_members_meet(grid: Grid) -> None:
     assert (one.hello.purpose, two.hello.purpose) == ("", PEER)
 
 
-async def test_records_of_all_sizes(world: World, grid: Grid) -> None:
+async def test_records_of_all_sizes(clock: Any, world: World, grid: Grid) -> None:
     sizes = [0, 1, 255, 65_515, 65_516, 65_517, 131_072, RECORD_BYTES_MAX]
     async with connection(world) as (near, far), trio.open_nursery() as nursery:
         with trio.fail_after(20):
@@ -124,7 +124,7 @@ async def test_responder_expired(grid: Grid) -> None:
     assert "broke off" in str(two)
 
 
-async def test_dialler_shows_nothing_to_a_stranger(world: World, grid: Grid) -> None:
+async def test_dialler_shows_nothing_to_a_stranger(clock: Any, world: World, grid: Grid) -> None:
     """Up to the responder's proof the dialler has sent its preamble and a bare ephemeral key."""
     stranger = Grid(root=2000).credentials(2)
     async with connection(world) as (near, far), trio.open_nursery() as nursery:
@@ -196,7 +196,7 @@ async def test_refusal_reaches_the_dialler(grid: Grid) -> None:
     assert (one.code, one.text) == (Code.FULL, "come back later")
 
 
-async def test_another_version_dials_us(world: World, grid: Grid) -> None:
+async def test_another_version_dials_us(clock: Any, world: World, grid: Grid) -> None:
     async with connection(world) as (near, far), trio.open_nursery() as nursery:
 
         async def old_peer() -> None:
@@ -213,7 +213,7 @@ async def test_another_version_dials_us(world: World, grid: Grid) -> None:
     assert (caught_error.value.theirs, caught_error.value.ours) == (9, PROTOCOL_VERSION)
 
 
-async def test_we_dial_another_version(world: World, grid: Grid) -> None:
+async def test_we_dial_another_version(clock: Any, world: World, grid: Grid) -> None:
     async with connection(world) as (near, far):
         await far.send_all(struct.pack(">8sH", MAGIC, 0))
         with pytest.raises(VersionMismatch, match="update peergrid there"):
@@ -221,7 +221,7 @@ async def test_we_dial_another_version(world: World, grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", bytes(100), b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"])
-async def test_garbage(world: World, grid: Grid, garbage: bytes) -> None:
+async def test_garbage(clock: Any, world: World, grid: Grid, garbage: bytes) -> None:
     async with connection(world) as (near, far):
         await near.send_all(garbage)
         with pytest.raises(NotAPeer):
@@ -232,7 +232,7 @@ async def test_garbage(world: World, grid: Grid, garbage: bytes) -> None:
             await initiate(other_near, grid.credentials(1), PEER)
 
 
-async def test_garbage_behind_a_good_preamble(world: World, grid: Grid) -> None:
+async def test_garbage_behind_a_good_preamble(clock: Any, world: World, grid: Grid) -> None:
     async with connection(world) as (near, far):
         await near.send_all(struct.pack(">8sH", MAGIC, PROTOCOL_VERSION) + b"\0\x05hello")
         with pytest.raises(HandshakeError, match="cut short"):

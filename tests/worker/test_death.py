@@ -125,9 +125,8 @@ async def test_closing_a_job_leaves_nothing(pool: WorkerPool, setup: wire.Setup,
         import subprocess
 
         process = subprocess.Popen(["sh", "-c", "sleep 1000 & echo $!"], start_new_session=True, stdout=subprocess.PIPE)
-        assert process.stdout is not None
         with open(path + "~", "wb") as file:
-            file.write(process.stdout.readline())
+            file.write(process.stdout.readline())  # type: ignore[union-attr]
         os.rename(path + "~", path)
 
     with trio.fail_after(PATIENCE_S):
@@ -193,9 +192,7 @@ trio.run(main)
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with trio.fail_after(PATIENCE_S):
-        process = await trio.lowlevel.open_process(
-            [sys.executable, str(program), str(tmp_path)], stdout=-1, stderr=-1, env=env
-        )
+        process = await trio.lowlevel.open_process([sys.executable, str(program), str(tmp_path)], stdout=-1, stderr=-1, env=env)
         assert process.stdout is not None
         assert process.stderr is not None
         async with process.stdout, process.stderr:

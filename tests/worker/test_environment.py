@@ -137,9 +137,7 @@ async def test_cancelled_build_leaves_nothing(lock: str, cache: Path, monkeypatc
         await ensure(lock, python_minor(), cache)
 
 
-async def test_longest_unused_goes_first_but_none_in_use(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_longest_unused_goes_first_but_none_in_use(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ENVIRONMENTS_MAX", 2)
     locks = [make_wheel(tmp_path, f"package{n}", "") for n in range(4)]
     with trio.fail_after(60):

@@ -55,8 +55,8 @@ class FakePeer:
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
     def handlers(self) -> dict[str, Handler]:
-        names = ("status invite leave trust revoke submit follow jobs show logs wait cancel result result_file explain "
-                 "resolve doctor attach fault").split()  # fmt: skip
+        names = ["status", "invite", "leave", "trust", "revoke", "submit", "follow", "jobs", "show", "logs", "wait", "cancel"]
+        names += ["result", "result_file", "explain", "resolve", "doctor", "attach", "fault"]
         return {name: self._recorded(name) for name in names}
 
     def _recorded(self, name: str) -> Handler:
@@ -124,7 +124,7 @@ class FakePeer:
         plan = json.loads(submission["plan"].removeprefix("#"))
         job = Job(f"{len(self.table):02x}{'e' * 62}", plan, submission["argv"], submission["options"])
         if stdin := job.options.get("stdin"):
-            job.options["stdin"] = Path(stdin).read_text()
+            job.options["stdin"] = await trio.Path(stdin).read_text()
         self.table[job.id] = job
         await call.event("accepted", {"job": job.id})
         if not call.params["detach"]:
@@ -175,7 +175,7 @@ class FakePeer:
     async def show(self, call: Call) -> Any:
         job = self.find(call)
         return {**self.summary(job), "epoch": 3, "replicas": [PEER, OTHER], "recovered": False,
-                "stages": [{"index": 0, "name": "count", "total": 10, "done": 5, "failed": 0}],
+                "stages": [{"index": 0, "name": "count", "total": 10, "open": True, "done": 5, "failed": 0}],
                 "peers": {PEER: {"done": 5, "executed": 6, "stolen": 0}}, "exit_code": None}  # fmt: skip
 
     async def logs(self, call: Call) -> Any:

@@ -19,4 +19,4 @@ class Finder:
         return importlib.util.spec_from_file_location(name, Path(__file__).with_name(file)) if file else None
 
 
-sys.meta_path.insert(0, Finder())  # type: ignore[arg-type]
+sys.meta_path.insert(0, Finder())
