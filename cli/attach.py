@@ -120,13 +120,13 @@ class Follower:
 
     def _interrupted(self) -> None:
         """First Ctrl-C: detach (on a throwaway grid: cancel); a second one within two seconds: cancel."""
-        self._progress.close()
         if self._throwaway or not self.job:
             self._leave("interrupted")
         id_ = short(self.job)
-        console.say(f"detached; the job goes on. Follow it: grid logs {id_} -f, cancel it: grid cancel {id_} or Ctrl-C again")
-        self.client.close()
         try:
+            how = f"follow it: grid logs {id_} -f, cancel it: grid cancel {id_} or Ctrl-C again"
+            console.say(f"detached; the job goes on; {how}")
+            self.client.close()
             time.sleep(SECOND_INTERRUPT_S)
         except KeyboardInterrupt:
             self._cancel()

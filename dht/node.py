@@ -39,6 +39,8 @@ PUBLISHED_MAX = 500
 REPUBLISH_S_MIN = 30.0
 REPUBLISH_TICK_S = 5.0
 REPUBLISHED_PER_TICK = 16
+LOOKUP_TRIES = 2
+"""A lookup that nobody at all answered is made once more: in a grid of two, three lost datagrams in a row do that."""
 GOODBYES_MAX = 64
 GOODBYE_S_MAX = 0.5
 """How long leaving may take: sending some datagrams."""
@@ -246,8 +248,11 @@ class Node:
     async def lookup(self, key: bytes, kind: str | None = None) -> list[Record]:
         """The newest record of each issuer and kind under `key`, from the nearest peers and this one."""
         protocol, target = self._protocol, Target(key)
-        crawl = ValueCrawl(protocol, target, protocol.router.find_neighbors(target), REPLICAS, kind or "")
-        found = await crawl.collect()
+        for _ in range(LOOKUP_TRIES):
+            crawl = ValueCrawl(protocol, target, protocol.router.find_neighbors(target), REPLICAS, kind or "")
+            found = await crawl.collect()
+            if crawl.answered:
+                break
         own = [r for r in self._storage.records(key, kind or "") if protocol.chain_of(r.issuer) is not None]
         return newest([*found, *own])
 
@@ -256,7 +261,10 @@ class Node:
         return make_record(self.membership.grid, self.membership.identity, key, kind, seq, expires_s, value)
 
     async def _store(self, record: Record) -> int:
-        """Store at the nearest contacts that answer; the number of acknowledgements."""
+        """Store at the nearest contacts that answer; the number of acknowledgements. Tried twice if there is none."""
+        return await self._store_once(record) or (await self._store_once(record) if self.contacts() else 0)
+
+    async def _store_once(self, record: Record) -> int:
         protocol, target = self._protocol, Target(record.key)
         nearest = await Crawl(protocol, target, protocol.router.find_neighbors(target), REPLICAS).find()
         acknowledged = 0

@@ -67,7 +67,7 @@ class Storage(IStorage):  # type: ignore[misc]
     def __len__(self) -> int:
         return sum(len(slots) for slots in self._keys.values())
 
-    def keys(self) -> list[bytes]:
+    def held_keys(self) -> list[bytes]:
         return list(self._keys)
 
     def chain_of(self, issuer: bytes) -> Chain | None:
@@ -143,7 +143,7 @@ class Storage(IStorage):  # type: ignore[misc]
     def cull(self, key: bytes | None = None) -> None:
         """Drop what has expired, under one key or everywhere."""
         now_s = self._clock()
-        for k in self.keys() if key is None else [key]:
+        for k in self.held_keys() if key is None else [key]:
             for record in [r for r in self._keys.get(k, {}).values() if r.expires_s <= now_s]:
                 self._drop(record)
 
@@ -176,4 +176,4 @@ class Storage(IStorage):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[bytes, list[Record]]]:
         self.cull()
-        return iter([(key, self.records(key)) for key in self.keys()])
+        return iter([(key, self.records(key)) for key in self.held_keys()])

@@ -16,11 +16,11 @@ class Tuning:
     """A contact heard more recently isn't pinged. With the two misses a dead peer is gone in 4 to 8 s."""
     pings_per_s: float = 7.0
     """Pings in grids of up to 20 peers: each of them every 3 s. 7 a second cost 0.5 % of a core."""
-    pings_per_s_large: float = 4.0
+    pings_per_s_large: float = 2.0
     """Pings in larger grids, whatever their size: the longest unheard come first."""
     second_miss_after_s: float = 0.8
     """A silent contact is asked once more so much later: longer than a garbage collection or a Wi-Fi hiccup."""
-    discover_s_max: float = 20.0
+    discover_s_max: float = 30.0
     """Longest interval between two lookups of the own id, which find new neighbours; it starts at 1 s and doubles."""
     refresh_s: float = 300.0
     """Interval at which buckets nobody was heard in are refreshed."""
@@ -34,5 +34,5 @@ class Tuning:
     """A holder near to a key offers its records to all who should hold them so often: what churn wore off grows back."""
     republish_s_max: float = 600.0
     """Longest interval at which an issuer stores its own records again; it starts at 30 s and doubles."""
-    save_s: float = 10.0
-    """Interval at which changed contacts are written to disk."""
+    save_s: float = 2.0
+    """Interval at which changed contacts are written to disk: 4 KB at most, and only when they changed."""

@@ -200,7 +200,7 @@ class Upkeep:
         storage, budget = self._protocol.storage, STORES_PER_ROUND
         if not self._keys:
             storage.cull()
-            self._keys = storage.keys()
+            self._keys = storage.held_keys()
             held = set(self._keys)
             self._placed = {key: placed for key, placed in self._placed.items() if key in held}
         for _ in range(min(KEYS_PER_ROUND, len(self._keys))):

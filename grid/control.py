@@ -30,8 +30,8 @@ CLIENTS_MAX = 64
 """Commands of one user at once; each may hold a frame in memory."""
 REQUESTS_PER_CLIENT_MAX = 16
 """Requests a client may have open; the commands have one."""
-REFUSAL_TIMEOUT_S = 1.0
-"""A refusal fits any socket's buffer; this is for the client that made its own buffer tiny."""
+DISMISS_TIMEOUT_S = 1.0
+"""For a client to read why it is sent away; one of ours takes microseconds."""
 RECEIVE_BYTES = 64 << 10
 
 Handler = Callable[["Call"], Awaitable[Any]]
@@ -113,7 +113,7 @@ class _Client:
                 if self._buffered_bytes > REQUEST_BYTES_MAX:
                     raise wire.WireError(f"the request is over {REQUEST_BYTES_MAX >> 20} MiB")
             except wire.WireError as error:
-                await self.send(Reply(0, None, Error("protocol", f"not a request this peer understands: {error}")))
+                await _dismiss(self._stream, Error("protocol", f"not a request this peer understands: {error}"))
                 return
 
     async def _run(self, call: Call, connection: trio.CancelScope) -> None:
@@ -189,9 +189,7 @@ class Control:
                     "busy", f"this machine's peer already serves {CLIENTS_MAX} commands", "end some of them"
                 )
             if refusal is not None:
-                with trio.move_on_after(REFUSAL_TIMEOUT_S), contextlib.suppress(trio.BrokenResourceError):
-                    await stream.send_all(encode(Reply(0, None, refusal)))
-                await trio.aclose_forcefully(stream)
+                await _dismiss(stream, refusal)
                 return
             self._clients += 1
             try:
@@ -200,6 +198,16 @@ class Control:
                 self._clients -= 1
 
         return serve
+
+
+async def _dismiss(stream: trio.SocketStream, error: Error) -> None:
+    """Say why, and close. What the client still sends is read first: closing over unread bytes would destroy the answer."""
+    with trio.move_on_after(DISMISS_TIMEOUT_S), contextlib.suppress(trio.BrokenResourceError, trio.BusyResourceError):
+        await stream.send_all(encode(Reply(0, None, error)))
+        await stream.send_eof()
+        while await stream.receive_some(RECEIVE_BYTES):
+            pass
+    await trio.aclose_forcefully(stream)
 
 
 def _for_people(method: str, error: BaseException) -> ControlError:

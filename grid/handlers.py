@@ -7,6 +7,7 @@ whoever leads or keeps the job, and follows by long polls at byte offsets.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -34,6 +35,8 @@ STATUS_S: Final = 2.0
 JOBS_PEERS_MAX: Final = 32
 """Peers asked for their jobs."""
 FILE_BYTES: Final = 1 << 20
+UNBUILT: Final = ("replicas", "strict", "verify", "network")
+"""Options that are kept in the spec and change nothing yet."""
 METHODS: Final = (
     *("status", "invite", "leave", "trust", "revoke", "submit", "follow", "jobs", "show", "logs"),
     *("wait", "cancel", "result", "result_file", "explain", "resolve", "doctor", "attach"),
@@ -48,10 +51,7 @@ class Handlers:
 
     def table(self) -> dict[str, Handler]:
         """By the names that `grid.api.client` uses."""
-        methods: dict[str, Callable[[Call], Awaitable[Any]]] = {
-            name: getattr(self, name)
-            for name in METHODS
-        }
+        methods: dict[str, Callable[[Call], Awaitable[Any]]] = {name: getattr(self, name) for name in METHODS}
         return methods
 
     # ---- the grid ----
@@ -134,6 +134,9 @@ class Handlers:
         except OSError as error:
             raise ControlError("disk", f"the job can't be kept on this peer's disk: {error.strerror}") from None
         await call.event("accepted", {"job": lead.job.hex()})
+        unbuilt = [f"--{name}" for name in UNBUILT if (submission.get("options") or {}).get(name)]
+        if unbuilt and not call.params.get("detach"):
+            await call.event("note", {"text": f"{' '.join(unbuilt)}: not built yet, without effect"})
         if not call.params.get("detach"):
             await self._follow(call, lead.job, 0, 0, True)
         return {}
@@ -145,7 +148,7 @@ class Handlers:
         options = submission.get("options") or {}
 
         async def adopt(path: str) -> BlobRef:
-            size = Path(path).stat().st_size
+            size = os.stat(path).st_size
             return BlobRef(bytes(await store.adopt(Path(path), owner=owner, durable=True)), size)
 
         try:
@@ -346,7 +349,9 @@ class Handlers:
                 raise
         rows = [row["id"] for row in await self._jobs_elsewhere() if row["id"].startswith(prefix)]
         if len(rows) > 1:
-            raise ControlError("ambiguous-job", f"{prefix!r} may be {' or '.join(r[:12] for r in rows[:4])}", "type more of the id")
+            raise ControlError(
+                "ambiguous-job", f"{prefix!r} may be {' or '.join(r[:12] for r in rows[:4])}", "type more of the id"
+            )
         if not rows:
             raise ControlError("unknown-job", f"no job {prefix!r} is known to this grid", "list jobs with: grid jobs")
         return {"id": rows[0]}
@@ -393,4 +398,12 @@ def _peer_row(info: bytes) -> dict[str, Any]:
 
 
 def _silent_row() -> dict[str, Any]:
-    return {"name": "", "owner": "", "owner_name": "", "state": "silent", "slots": {"total": 0, "busy": 0}, "leads": [], "version": ""}
+    return {
+        "name": "",
+        "owner": "",
+        "owner_name": "",
+        "state": "silent",
+        "slots": {"total": 0, "busy": 0},
+        "leads": [],
+        "version": "",
+    }

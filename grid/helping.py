@@ -25,7 +25,8 @@ from grid.core.stealing import Ask, Thief
 from grid.jobdata import JobData
 from grid.jobplace import Services, open_place
 from grid.remote import Remote
-from grid.transport.errors import RemoteError, TransportError
+from grid.transport.errors import TransportError
+from grid.worker.environment import python_minor
 
 if TYPE_CHECKING:
     from grid.post import PostOffice
@@ -83,6 +84,9 @@ class Helping:
             return
         if not entry.live:
             self.over(job)
+            return
+        if entry.spec.python != python_minor():
+            self._unfit(job, entry, f"the job needs Python {entry.spec.python}, this peer has {python_minor()}")
             return
         self._thief.job_known(job, entry.leader, entry.news.work, trio.current_time())
         self._bell.ring()

@@ -150,7 +150,9 @@ class Jobs:
             raise ControlError(error.code, str(error)) from None
         except (TransportError, codec.CodecError, trio.TooSlowError) as error:
             hint = "if that machine is gone, submit the job again"
-            raise ControlError("leader-unreachable", f"peer {name}, which leads the job, can't be reached: {error}", hint) from None
+            raise ControlError(
+                "leader-unreachable", f"peer {name}, which leads the job, can't be reached: {error}", hint
+            ) from None
         if not isinstance(answer, Answer):
             raise ControlError("protocol", f"peer {name} gave no answer")
         return json.loads(answer.result), answer.body
@@ -181,9 +183,7 @@ class Jobs:
                 return {}, view.prints.of_task(int(params["stage"]), int(params["index"]))
             case "files":
                 files = view.outcome.files if view.outcome else ()
-                return [
-                    {"name": f.name, "size": f.blob.size, "blob": f.blob.id.hex(), "mode": f.mode} for f in files
-                ], b""
+                return [{"name": f.name, "size": f.blob.size, "blob": f.blob.id.hex(), "mode": f.mode} for f in files], b""
             case "cancel":
                 if lead is None:
                     return {"state": view.state}, b""
@@ -233,7 +233,8 @@ def explain(lead: LeadJob) -> list[dict[str, Any]]:
     """Why tasks of a job wait."""
     reasons: list[dict[str, Any]] = []
     if lead.leader is None or lead.place is None:
-        return [{"code": "starting", "text": "the job is being set up: its environment is built or its inputs are read", "tasks": 0}]
+        text = "the job is being set up: its environment is built, its inputs are read"
+        return [{"code": "starting", "text": text, "tasks": 0}]
     site = lead.place.site
     queued = site.deque.total
     if lead.leader.unsettled == 0:
@@ -245,7 +246,13 @@ def explain(lead: LeadJob) -> list[dict[str, Any]]:
     if elsewhere > 0:
         count = len(lead.leader.claims.peers())
         reasons.append({"code": "elsewhere", "text": f"tasks are held by {count} other peers", "tasks": elsewhere})
-    if queued:
+    for stage in site.deque.stages():
+        tags = site.stages[stage].options.tags
+        if not site.workshop.tags.issuperset(tags):
+            text = f"stage {stage} needs a peer tagged {' '.join(tags)}, which the leader's peer is not"
+            reasons.append({"code": "no-tag", "text": text, "tasks": site.deque.count(stage)})
+            queued -= site.deque.count(stage)
+    if queued > 0:
         wide = max((site.stages[stage].options.cpus for stage in site.deque.stages()), default=1)
         if lead.place.site.workshop.slots < wide:
             reasons.append({"code": "no-slot", "text": f"the leader's peer has fewer than {wide} slots", "tasks": queued})

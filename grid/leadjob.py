@@ -101,9 +101,6 @@ class LeadJob:
             if group.split(Exception)[1] is not None:
                 raise
         finally:
-            if self._ending is not None:
-                state, exit_code, why, code = self._ending
-                outcome = Outcome(state, exit_code, why, files=outcome.files, code=code)
             self._finish(outcome)
 
     def end(self, state: str, exit_code: int | None, why: str, code: str = "failed") -> None:
@@ -112,10 +109,29 @@ class LeadJob:
             self._ending = (state, exit_code, why, code)
             self._scope.cancel()
 
+    async def _conclude(self, place: JobPlace, leader: Leader, nursery: trio.Nursery) -> Outcome:
+        """Run the driver and finish: nobody waits for the outcome while folders are removed."""
+        outcome = Outcome(FAILED, None, "the peer that led the job stopped", code="leader-stopped")
+        try:
+            outcome = await self._drive(place, leader, nursery)
+        except trio.Cancelled:
+            if self._ending is None:
+                raise
+            self._finish(outcome)
+            raise
+        self._finish(outcome)
+        return outcome
+
     def _finish(self, outcome: Outcome) -> None:
+        """Write the outcome and tell it. The first call counts."""
         view = self.view
+        if view.outcome is not None:
+            return
+        if self._ending is not None:
+            state, exit_code, why, code = self._ending
+            outcome = Outcome(state, exit_code, why, files=outcome.files, code=code)
         outcome = Outcome(
-            transition(view.state, outcome.state) if view.outcome is None else view.state,
+            transition(view.state, outcome.state),
             outcome.exit_code,
             outcome.error,
             time.time(),
@@ -157,7 +173,7 @@ class LeadJob:
                     self.view.state = transition(self.view.state, RUNNING)
                     self.view.changed()
                     self.news()
-                    return await self._drive(place, leader, nursery)
+                    return await self._conclude(place, leader, nursery)
             except (GridError, OSError) as error:
                 return Outcome(FAILED, None, str(error))
             except Exception as error:

@@ -95,6 +95,7 @@ def walk(script: Path, tree: ast.Module) -> Imports:
     found = Imports()
     queue = [(script, tree, "")]
     seen = {script}
+    taken: set[str] = set()
     while queue:
         path, module, package = queue.pop()
         for name, line in _imports(module, package):
@@ -110,7 +111,9 @@ def walk(script: Path, tree: ast.Module) -> Imports:
                 if top not in sys.stdlib_module_names and top != "__main__":
                     found.foreign.setdefault(name, where)
                 continue
-            found.files.update(_whole(folder, top))
+            if top not in taken:
+                taken.add(top)
+                found.files.update(_whole(folder, top))
             for file, inside in local:
                 if file not in seen and file.suffix == ".py":
                     seen.add(file)
@@ -258,7 +261,7 @@ def candidates(name: str) -> set[str]:
     """Canonical names of distributions that may provide a module of this dotted name."""
     parts = name.split(".")
     top = parts[0]
-    names = {canonicalize_name("-".join(parts[: count + 1])) for count in range(len(parts))}
+    names: set[str] = {canonicalize_name("-".join(parts[: count + 1])) for count in range(len(parts))}
     plain = canonicalize_name(top)
     names |= {f"python-{plain}", f"py-{plain}", f"py{plain}", f"{plain}-python", f"{plain}-py", f"{plain}-binary"}
     if top in DISTRIBUTIONS:

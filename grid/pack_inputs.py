@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,8 @@ def stage(specs: Iterable[tuple[str, Path]], home: Path, staging: Path, notes: l
 
 def _plain_name(path: str, spec: str, home: Path) -> str:
     """The name of a file: relative to the script's folder, or absolute if it lies elsewhere and was given so."""
+    if spec.startswith(files.STDLIB):
+        return f"{files.STDLIB}/{os.path.relpath(path, sysconfig.get_path('stdlib'))}"
     relative = os.path.relpath(path, home)
     if relative.startswith("..") and os.path.isabs(os.path.expanduser(spec)):
         return path
@@ -71,6 +74,9 @@ def _plain_name(path: str, spec: str, home: Path) -> str:
 
 def expand(spec: str, base: Path, notes: list[str]) -> Iterator[str]:
     """Yield the absolute paths of the regular files that a path, folder or pattern names."""
+    if spec == files.STDLIB or spec.startswith(files.STDLIB + "/"):
+        yield from (entry.path for _, entry in files.library(spec))
+        return
     spec = os.path.expanduser(spec)
     target = os.path.normpath(os.path.join(base.absolute(), spec))
     if os.path.isdir(target):

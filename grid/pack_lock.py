@@ -124,7 +124,7 @@ def _compile(uv: str, text: str, python: str) -> str:
 
 def _one_line(text: str) -> str:
     """uv's explanation, without its drawing."""
-    cleaned = re.sub(r"[×╰─▶├│]", " ", text)
+    cleaned = re.sub(r"[^\x00-\x7f]+", " ", text)
     lines = [re.sub(r"^(error|cause):\s*", "", line.strip()) for line in cleaned.splitlines()]
     joined = " ".join(line for line in lines if line and not line.startswith("No solution found"))
     return re.sub(r"\s+", " ", joined).strip()[:600] or "uv gave no reason"

@@ -7,6 +7,7 @@ of the peer is gone.
 from __future__ import annotations
 
 import functools
+import getpass
 import logging
 import os
 import random
@@ -57,6 +58,8 @@ from grid.workshop import Workshop
 STORE_SHARE = 0.5
 """Of the disk's free space at the start: what blobs may take."""
 STORE_BYTES_MIN = 1 << 30
+BOOTSTRAP_S = 3.0
+"""For the first contact's answer, so that a peer said to be ready is in its grid; alone it serves all the same."""
 LEAVE_S = 5.0
 """For ranges and results to reach their leaders when the peer leaves."""
 
@@ -66,6 +69,7 @@ log = logging.getLogger(__name__)
 
 async def serve(options: JoinOptions, report: Report, network: Network | None = None) -> None:
     """Run a peer until cancelled or told to leave. Raises ConfigError, ControlError: it never began then."""
+    logging.getLogger("kademlia").setLevel(logging.WARNING)  # it tells each step of each lookup
     home = Home.open(options.home, create=True)
     with home.lock():
         peer = Peer(home, home.settle(options, save=False), report, network or RealNetwork())
@@ -108,7 +112,7 @@ class Peer:
         await self._become_member()
         store = BlobStore(self.home.blobs, _quota(self.home.blobs))
         pool = WorkerPool(spare_zygotes=1 if self.slots else 0)
-        workshop = Workshop(pool, self.slots)
+        workshop = Workshop(pool, self.slots, self.options.tags or ())
         with self.stop:
             async with trio.open_nursery() as nursery:
                 self.nursery = nursery
@@ -139,14 +143,14 @@ class Peer:
         saved = _load_membership(self.home, self.identity)
         invite = _invite(self.options.invite) if self.options.invite else None
         if saved is not None:
-            if invite is not None and invite.grid != saved.grid:
+            if invite is not None and invite.grid != saved[0].grid:
                 raise ControlError(
                     "other-grid",
-                    f"this home belongs to grid {saved.grid.hex()[:8]}, the invite to grid {invite.grid.hex()[:8]}",
+                    f"this home belongs to grid {saved[0].grid.hex()[:8]}, the invite to grid {invite.grid.hex()[:8]}",
                     "join it from another home: grid join --home DIR; or leave the old grid: grid leave --forget",
                 )
-            self.membership = saved
-            self._bootstrap = [_address(text) for text in invite.addresses] if invite else []
+            self.membership, known = saved
+            self._bootstrap = [*(_address(text) for text in (invite.addresses if invite else ())), *known]
             return
         if invite is not None:
             try:
@@ -158,7 +162,7 @@ class Peer:
             root = Identity.generate()
             write_file(self.home.path / "root", root.seed)
             self.membership = Membership.found(self.identity, root, time.time())
-        _save_membership(self.home, self.membership)
+        _save_membership(self.home, self.membership, self._bootstrap)
 
     async def _listen(self, nursery: trio.Nursery, store: BlobStore) -> None:
         """Start the DHT and the mesh on one port number. Raises OSError (port taken) as ConfigError."""
@@ -236,6 +240,8 @@ class Peer:
         self.dispatch.ready.set()
 
     async def _ready(self) -> None:
+        with trio.move_on_after(BOOTSTRAP_S):
+            await self.node.ready.wait()
         invite = ""
         with trio.move_on_after(limits.CONTROL_TIMEOUT_S):
             try:
@@ -271,8 +277,9 @@ class Peer:
         if busy:
             await note(f"handing back work of {busy} job{'s' * (busy != 1)}")
             with trio.move_on_after(LEAVE_S):
-                while any(helper.remote is not None and helper.remote.unsent for helper in self.helping.jobs.values()):
-                    await trio.sleep(limits.COMPLETION_DELAY_S)
+                for helper in list(self.helping.jobs.values()):
+                    if helper.remote is not None:
+                        await helper.remote.settled()
         for job in list(self.helping.jobs):
             self.helping.over(job)
         if forget:
@@ -353,9 +360,7 @@ class Peer:
 
     # ---- jobs led here ----
 
-    async def lead(
-        self, spec: JobSpec, signed: SignedSpec, make: Callable[[JobId], LeadJob] | None = None
-    ) -> LeadJob:
+    async def lead(self, spec: JobSpec, signed: SignedSpec, make: Callable[[JobId], LeadJob] | None = None) -> LeadJob:
         """Accept a job: on disk, announced, running when this returns. Raises OSError."""
         job = job_id(signed.payload)
         lead = make(job) if make is not None else LeadJob(job, spec, self.services, self.reach)
@@ -408,9 +413,10 @@ def _identity(home: Home) -> Identity:
         raise ConfigError("home-damaged", f"the identity in {home.path} is damaged: {error}", "join from a new home") from None
 
 
-def _load_membership(home: Home, identity: Identity) -> Membership | None:
+def _load_membership(home: Home, identity: Identity) -> tuple[Membership, list[Address]] | None:
+    """The membership and the addresses known when it was granted: the DHT's own list may not have been written yet."""
     try:
-        grid_id, chain = codec.decode(home.membership.read_bytes(), tuple[bytes, Chain])
+        grid_id, chain, known = codec.decode(home.membership.read_bytes(), tuple[bytes, Chain, tuple[Address, ...]])
     except FileNotFoundError:
         return None
     except codec.CodecError as error:
@@ -421,11 +427,11 @@ def _load_membership(home: Home, identity: Identity) -> Membership | None:
     except MembershipError as error:
         hint = "ask for an invite and join again after: grid leave --forget"
         raise ConfigError("not-a-member", f"this home is no member of its grid any more: {error}", hint) from None
-    return membership
+    return membership, list(known)
 
 
-def _save_membership(home: Home, membership: Membership) -> None:
-    write_file(home.membership, codec.encode((membership.grid, membership.chain)))
+def _save_membership(home: Home, membership: Membership, known: list[Address]) -> None:
+    write_file(home.membership, codec.encode((membership.grid, membership.chain, tuple(known))))
 
 
 def _invite(text: str) -> Invite:
@@ -459,5 +465,8 @@ def _quota(folder: Path) -> int:
 
 
 def _user() -> str:
-    user = os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError):
+        user = str(os.getuid())
     return f"{user}@{socket.gethostname().split('.')[0]}"

@@ -272,10 +272,10 @@ class Remote:
                 table.setdefault(work.stage, RangeSet()).add(work.lo, work.hi)
         return table
 
-    @property
-    def unsent(self) -> bool:
-        """Something finished here is not at the leader yet."""
-        return bool(self._results or self._failures or self._sent)
+    async def settled(self) -> None:
+        """Return once the leader has acknowledged all that was finished here."""
+        while self._results or self._failures or self._sent:
+            await self._acknowledged.wait()
 
     async def _send_completions(self) -> None:
         while True:

@@ -261,6 +261,8 @@ class Site:
             known = self.stages[stage]
             if self.functions[known.fn] is None or min(known.options.cpus, self.workshop.slots) > free:
                 return 0
+            if known.options.tags and not self.workshop.tags.issuperset(known.options.tags):
+                return 0
             if ahead and self._runs_long(stage):
                 return 0
             return known.pace.grain(self.deque.count(stage), self.workshop.slots)

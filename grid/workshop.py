@@ -24,8 +24,9 @@ REST_CHECK_S = 5.0
 class Workshop:
     """Slots, the worker pool, the sites."""
 
-    def __init__(self, pool: WorkerPool, slots: int) -> None:
+    def __init__(self, pool: WorkerPool, slots: int, tags: tuple[str, ...] = ()) -> None:
         assert slots >= 0
+        self.tags = frozenset(tags)
         self.pool = pool
         self.slots = slots
         self.sites: list[Site] = []

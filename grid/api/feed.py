@@ -27,7 +27,7 @@ AHEAD_TASKS_MAX = 1 << 18
 FIRST_BUDGET = 1
 BUDGET_GROWTH = 16
 NUMBERS = frozenset({int, float, bool, complex, type(None)})
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _SIZED: tuple[type, ...] = (set, frozenset, dict, str, bytes, bytearray, deque, *_VIEWS)
 _COPY_ITEMS_MAX = 100_000
 

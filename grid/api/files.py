@@ -2,7 +2,8 @@
 
 Names are relative to the script's folder, with "/". Where the job was submitted, inputs are what `--file` named, listed in
 the job's manifest; under plain `python job.py` they are the files themselves. A file outside the script's folder keeps
-the path by which it was given, "../data/a.txt" or "/data/a.txt". Dotfiles are never inputs.
+the path by which it was given, "../data/a.txt" or "/data/a.txt"; one of Python's own library is "{stdlib}/os.py" on every
+machine. Dotfiles are never inputs.
 
 In a manifest (JSON: [[name, size, blob, offset]...]) a name has no leading "/" and no ".."; see `manifest_name`. Small
 files are packed several to a blob, so that opening ten thousand takes a hundred requests.
@@ -28,6 +29,10 @@ from grid.api.session import Session, attached, current
 
 PACKS_OPEN_MAX = 32
 """Packs kept mapped: files come in the manifest's order, a worker reads few packs at a time."""
+
+STDLIB = "{stdlib}"
+"""At the head of a pattern: the folder of the running Python's own library, wherever that is on this machine."""
+INSTALLED = ("site-packages/", "dist-packages/")
 
 
 class File(os.PathLike[str]):
@@ -232,8 +237,24 @@ def _ignore(path: str, reason: str) -> None:
     pass
 
 
+def library(pattern: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield (name, entry) of the files of Python's own library that a pattern under STDLIB names.
+
+    What was installed into it is not of it.
+    """
+    import sysconfig
+
+    folder = sysconfig.get_path("stdlib")
+    matches = matcher(pattern)
+    for relative, entry in walk(folder):
+        if not relative.startswith(INSTALLED) and matches(f"{STDLIB}/{relative}"):
+            yield f"{STDLIB}/{relative}", entry
+
+
 def _local(folder: str, pattern: str) -> list[File]:
     """Match real files, relative to the folder."""
+    if pattern == STDLIB or pattern.startswith(STDLIB + "/"):
+        return sorted(File(name, entry.stat().st_size, entry.path) for name, entry in library(pattern))
     absolute = os.path.isabs(pattern)
     text = posixpath.normpath(pattern)
     fixed = []

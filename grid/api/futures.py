@@ -99,4 +99,4 @@ class _PumpedEvent(threading.Event):
         self._session = session
 
     def wait(self, timeout: float | None = None) -> bool:
-        return self._session.wait(self._cond, self.is_set, timeout)
+        return self._session.wait(self._cond, self.is_set, timeout)  # type: ignore[attr-defined]

@@ -38,6 +38,8 @@ TICK_S = 0.005
 """How long an item may wait while the generator it came from is slow to give the next."""
 FUNCTIONS_MAX = 1024
 """Functions remembered by content, so that mapping the same one again doesn't send it again."""
+UNREAD_MAX = 16
+"""Stages with errors that nobody read, of which the end of the script tells."""
 
 
 class Session:
@@ -74,6 +76,7 @@ class Session:
         self._flusher: threading.Thread | None = None
         self._bursts: dict[Stage, None] = {}
         self._feeding: dict[Stage, None] = {}
+        self._unread: list[Stage] = []
         self._waits = 0
         serialize.set_namespace(setup.job)
         if not self.worker:
@@ -336,6 +339,12 @@ class Session:
             self._stages.pop(stage.number, None)
             self._feeding.pop(stage, None)
 
+    def remember(self, stage: Stage) -> None:
+        """A stage is over, tasks of it failed, and nobody has begun to read it: `finish` tells, if that stays so."""
+        with self._lock:
+            if len(self._unread) < UNREAD_MAX:
+                self._unread.append(stage)
+
     def stages(self) -> list[Stage]:
         """The stages that are not over."""
         with self._lock:
@@ -390,7 +399,9 @@ class Session:
 
     def finish(self) -> None:
         """Wait for all stages, as at a script's end; what nobody reads is dropped. Errors nobody saw go to stderr."""
-        for stage in self.stages():
+        with self._lock:
+            stages, self._unread = [*self._unread, *self._stages.values()], []
+        for stage in stages:
             stage.finish()
 
     def cancel_all(self, reason: str) -> None:

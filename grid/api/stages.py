@@ -370,6 +370,7 @@ class MapStage(Stage):
         self._discarding = False
         self._unwanted = False
         self._failed = 0
+        self._failed_unseen = False
         self._first_failure: BaseException | None = None
         self._arrived: deque[Any] = deque()
         self._waiting: dict[int, Any] = {}
@@ -438,6 +439,7 @@ class MapStage(Stage):
         self._arrive(lo, hi, (hi - lo, body, path, size), size)
 
     def on_failure(self, failure: wire.Failure, body: bytes | bytearray) -> None:
+        self._failed_unseen = True
         self._arrive(failure.index, failure.index + 1, exception_of(failure, body), 0)
 
     def _arrive(self, lo: int, hi: int, event: Any, size: int) -> None:
@@ -476,6 +478,8 @@ class MapStage(Stage):
         if self.total is not None and self._settled >= self.total and not self.over:
             self.over = True
             self.session.close_stage(self)
+            if self._failed_unseen and not self.reading:
+                self.session.remember(self)
 
     def on_cancelled(self, lo: int, hi: int) -> None:
         with self.changed:

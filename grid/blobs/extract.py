@@ -41,14 +41,6 @@ class Extractor:
         os.close(self._parent)
         os.close(self._root)
 
-    def present(self, file: InputFile) -> bool:
-        """Whether a regular file of this name and size stands there."""
-        try:
-            status = os.stat(self._enter(file.name), dir_fd=self._parent, follow_symlinks=False)
-        except OSError:
-            return False
-        return status.st_size == file.size and (status.st_mode & 0o170222) == 0o100000
-
     def extract(self, pack: Path, source: int, file: InputFile, *, whole: bool) -> None:
         """Write one file; `source` is the open pack, `whole` says that it holds nothing else. Raises OSError."""
         name = self._enter(file.name)

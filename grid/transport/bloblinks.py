@@ -31,7 +31,10 @@ class BlobLinks:
         nursery: Callable[[], trio.Nursery],
         read: ReadBlob,
     ) -> None:
-        """read: what this peer holds itself; must not raise. nursery: where links run, or a RuntimeError."""
+        """read: what this peer holds itself; must not raise.
+
+        nursery: where links run; raises PeerUnreachable when there is none.
+        """
         self._dialler = dialler
         self._remote_of = remote_of
         self._nursery = nursery

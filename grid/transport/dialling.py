@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
+from trio.abc import HalfCloseableStream
 
 from dht.core.identity import PeerId
 from dht.network import Address, Network
@@ -14,10 +16,14 @@ from grid.transport.errors import HandshakeError, PeerUnreachable, Refused
 from grid.transport.hello import Credentials, Hello
 from grid.transport.limits import CONNECT_S, PEERS_KNOWN_MAX
 
+log = logging.getLogger(__name__)
+
 ADDRESSES_PER_PEER_MAX = 4
 """A dead one costs up to CONNECT_S, so only the best are remembered."""
 LOCATE_S = 5.0
 """For the DHT to find a peer's address."""
+HOST_CHARS_MAX = 253
+"""RFC 1035."""
 UNSPECIFIED = ("", "0.0.0.0", "::", "*")
 
 Locate = Callable[[PeerId], Awaitable[Sequence[Address]]]
@@ -26,7 +32,9 @@ Locate = Callable[[PeerId], Awaitable[Sequence[Address]]]
 def parse_address(text: str) -> Address | None:
     """ "host:port" or "[v6]:port" as an address; None when it is neither."""
     host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if not colon or not port.isascii() or not port.isdigit() or len(port) > 5 or not 0 < int(port) < 65536:
+        return None
+    if len(host) > HOST_CHARS_MAX or not host.isascii() or not host.isprintable() or " " in host:
         return None
     return host.removeprefix("[").removesuffix("]"), int(port)
 
@@ -35,6 +43,17 @@ def format_address(address: Address) -> str:
     """The text that `parse_address` reads."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def open_stream(network: Network, address: Address) -> HalfCloseableStream:
+    """A raw connection within CONNECT_S, whatever nonsense the address is. Raises OSError (TimeoutError)."""
+    try:
+        with trio.fail_after(CONNECT_S):
+            return await network.open_stream(address)
+    except trio.TooSlowError:
+        raise TimeoutError(f"no answer within {CONNECT_S:g} s") from None
+    except (ValueError, OverflowError, TypeError) as error:  # a host name that can't be one
+        raise OSError(f"not an address: {error}") from error
 
 
 class AddressBook:
@@ -82,14 +101,8 @@ class Dialler:
         authenticated: Callable[[Hello], None] = lambda hello: None,
     ) -> SecureChannel:
         """One try at one address. Raises OSError, TimeoutError, HandshakeError."""
-        try:
-            with trio.fail_after(CONNECT_S):
-                stream = await self._network.open_stream(address)
-        except trio.TooSlowError:
-            raise TimeoutError(f"no answer within {CONNECT_S:g} s") from None
-        channel, _ = await initiate(
-            stream, self._credentials, purpose, expected=expected, authenticated=authenticated
-        )
+        stream = await open_stream(self._network, address)
+        channel, _ = await initiate(stream, self._credentials, purpose, expected=expected, authenticated=authenticated)
         self._book.learn_from(channel.hello, address, dialled=True)
         return channel
 
@@ -115,8 +128,11 @@ class Dialler:
         raise PeerUnreachable(peer, "; ".join(tried.values()) or "no address of it is known")
 
     async def _located(self, peer: PeerId) -> list[Address]:
-        with trio.move_on_after(LOCATE_S):
-            return list(await self._locate(peer))
+        try:
+            with trio.move_on_after(LOCATE_S):
+                return list(await self._locate(peer))
+        except Exception:
+            log.exception("looking for the address of peer %s failed", peer.hex()[:10])
         return []
 
 

@@ -108,9 +108,7 @@ class Credentials:
         """Our own hello, encoded; with an invite's key it is a joiner's, which tells nothing else."""
         if invite is not None:
             signature = invite.sign(JOIN_DOMAIN, self.identity.public + self.static_public)
-            hello = Hello(
-                self.identity.public, self._signature, (), purpose, invite=invite.public, invite_signature=signature
-            )
+            hello = Hello(self.identity.public, self._signature, (), purpose, invite=invite.public, invite_signature=signature)
         else:
             mine = self.describe()
             hello = Hello(

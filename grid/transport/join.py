@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import trio
-
 from dht.core.identity import Identity
 from dht.core.invite import Invite
 from dht.core.membership import Membership, MembershipError, verify_chain
 from dht.network import Address, Network
 from grid.transport.channel import initiate
-from grid.transport.dialling import UNSPECIFIED, format_address, parse_address
+from grid.transport.dialling import UNSPECIFIED, format_address, open_stream, parse_address
 from grid.transport.errors import HandshakeError, JoinError, Refused, VersionMismatch, WrongGrid
 from grid.transport.hello import JOIN, Code, Credentials, Verdict
-from grid.transport.limits import ADMIT_S, CONNECT_S
+from grid.transport.limits import ADMIT_S
 
 FINAL_CODES = ("expired", "used")
 """Refusals by a member that no other member would take back. `unknown` is not: another may hold the invite's grant."""
@@ -64,11 +62,7 @@ async def join(
 
 
 async def _ask(network: Network, address: Address, credentials: Credentials, invite: Invite) -> Verdict:
-    try:
-        with trio.fail_after(CONNECT_S):
-            stream = await network.open_stream(address)
-    except trio.TooSlowError:
-        raise TimeoutError(f"no answer within {CONNECT_S:g} s") from None
+    stream = await open_stream(network, address)
     channel, verdict = await initiate(stream, credentials, JOIN, invite=invite.key, verdict_s=ADMIT_S)
     await channel.aclose()
     return verdict

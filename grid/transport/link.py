@@ -46,7 +46,8 @@ class Link:
         self.running: dict[int, trio.CancelScope] = {}
         """Requests of theirs that are handled, by their number."""
         self.ended = trio.Event()
-        self._finishing = False
+        self.finishing = False
+        """A goodbye is queued or sent: what is asked now gets no answer on this link."""
         self._idle = False
         self._first = first
         self._why = ""
@@ -61,8 +62,8 @@ class Link:
 
     def finish(self, why: str) -> None:
         """Send what is queued, say goodbye, keep reading until the other end closes (CLOSE_S at most)."""
-        if not self._finishing:
-            self._finishing = True
+        if not self.finishing:
+            self.finishing = True
             self.outbox.force(Frame(BYE, 0, why.encode()))
 
     async def run(self, on_frame: Callable[[Frame], Awaitable[None]]) -> str:

@@ -16,28 +16,27 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import trio
 
 from dht.core import codec
 from dht.core.identity import PeerId
-from dht.core.membership import Chain, Membership, MembershipError
+from dht.core.membership import Membership, MembershipError
 from dht.network import Address, Network
 from grid.core.noise import Buffer
 from grid.transport.bloblinks import BlobLinks
 from grid.transport.blobs import BlobChunks
 from grid.transport.channel import SecureChannel
 from grid.transport.dialling import AddressBook, Dialler, Locate, format_address
+from grid.transport.dispatch import Dispatch, check_size
 from grid.transport.errors import (
-    ChannelClosed,
     PeerUnreachable,
     Refused,
-    RemoteError,
-    TransportError,
 )
+from grid.transport.handler import MeshHandler as MeshHandler
 from grid.transport.hello import PEER, Code, Credentials, Hello, HelloInfo, Verdict
 from grid.transport.limits import (
     CLOSE_S,
@@ -45,14 +44,12 @@ from grid.transport.limits import (
     HANDSHAKE_S,
     HOUSEKEEPING_S,
     IDLE_S,
-    MESSAGE_BYTES_MAX,
     REDIAL_S_MAX,
     REDIAL_S_MIN,
-    REQUESTS_WAITING_MAX,
     UNREACHABLE_S,
 )
 from grid.transport.link import Link
-from grid.transport.outbox import CANCEL, ERROR, MESSAGE, REPLY, REQUEST, SERVE_ME, Frame
+from grid.transport.outbox import CANCEL, MESSAGE, REQUEST, Frame
 from grid.transport.pending import Pending
 from grid.transport.reception import Reception
 from grid.transport.remote import Dial, Down, Remote, Up
@@ -63,27 +60,6 @@ CONNECT_TRIES: Final = 3
 """Connections that break as soon as they stand, before `connect` gives up."""
 ADDRESSES_TOLD_MAX: Final = 16
 """Members' addresses that a joiner gets: it finds the others itself."""
-
-
-class MeshHandler(Protocol):
-    """What the peer does with what arrives. An exception other than RemoteError closes the connection it came by."""
-
-    async def on_message(self, peer: PeerId, message: bytes) -> None:
-        """In order, one at a time for each peer; not cancelled when the connection goes."""
-
-    async def on_request(self, peer: PeerId, message: bytes) -> bytes:
-        """The answer; may raise RemoteError. Cancelled when the asker gives up or its connection goes: shield what must
-        not be."""
-
-    async def on_up(self, peer: PeerId, hello: Hello) -> None: ...
-
-    async def on_down(self, peer: PeerId, why: str) -> None: ...
-
-    async def admit(self, invite: bytes, key: bytes, hello: Hello) -> Chain:
-        """The chain for the joiner with this key, who holds the invite's key (public, 32 bytes). Raises RemoteError."""
-
-    async def read_blob(self, peer: PeerId, blob: bytes, offset: int, length: int) -> Buffer | None:
-        """Exactly these bytes (length ≤ 1 MiB), or None when they are not all held."""
 
 
 class _Superseded(Exception):
@@ -134,15 +110,14 @@ class Mesh:
         self._remotes: dict[PeerId, Remote] = {}
         self._nursery: trio.Nursery | None = None
         self._blobs = BlobLinks(self._dialler, self._remote, lambda: self.running, self._read_own)
+        self._dispatch = Dispatch(handler, self.counters, self._spawn, self._lose, self._blobs.serve_back)
 
     # ---- life --------------------------------------------------------------------------------------------------------
 
-    async def run(
-        self, listen: Address, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def run(self, listen: Address, *, task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED) -> None:
         """Listen and serve until cancelled; started(the actual address). Raises OSError when the port is taken."""
         listener = await self._network.listen_stream(listen)
-        reception = Reception(self, self._blobs, self._credentials, self._handler)
+        reception = Reception(self, self._blobs, self._dispatch, self._credentials, self._handler)
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
@@ -160,10 +135,14 @@ class Mesh:
 
     @property
     def running(self) -> trio.Nursery:
-        """Where this mesh's tasks live."""
-        if self._nursery is None or self._nursery.cancel_scope.cancel_called:
-            raise RuntimeError("the mesh is not running")
+        """Where this mesh's tasks live. Raises PeerUnreachable before and after `run`."""
+        if self._nursery is None:
+            raise PeerUnreachable(self.id, "its mesh is not running")
         return self._nursery
+
+    def _spawn(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
+        if self._nursery is not None:  # else all is over, and nobody waits for it
+            self._nursery.start_soon(function, *arguments)
 
     async def _housekeeping(self) -> None:
         while True:
@@ -323,12 +302,12 @@ class Mesh:
         remote.link, remote.hello, remote.failures = link, channel.hello, 0
         self.counters["connections"] += 1
         remote.inbox.push(Up(channel.hello, link))
-        self._pump_soon(remote)
+        self._dispatch.pump_soon(remote)
         remote.up.set()
         self.running.start_soon(self._run_link, remote, link)
 
     async def _run_link(self, remote: Remote, link: Link) -> None:
-        why = await link.run(partial(self._on_frame, remote, link))
+        why = await link.run(partial(self._dispatch.on_frame, remote, link))
         self._lose(remote, link, why)
 
     def _lose(self, remote: Remote, link: Link, why: str) -> None:
@@ -342,7 +321,7 @@ class Mesh:
         remote.outbox.connection_lost()
         self._fail_pending(remote, why)
         remote.inbox.push(Down(why))
-        self._pump_soon(remote)
+        self._dispatch.pump_soon(remote)
         self._redial_soon(remote)
 
     def _fail_pending(self, remote: Remote, why: str) -> None:
@@ -428,7 +407,7 @@ class Mesh:
 
     def post(self, peer: PeerId, message: bytes) -> bool:
         """Queue a message without ever waiting; False when the peer is not connected or its queue is full."""
-        _check_size(message)
+        check_size(message)
         remote = self._remotes.get(peer)
         return remote is not None and remote.link is not None and remote.outbox.offer(Frame(MESSAGE, 0, message))
 
@@ -446,103 +425,15 @@ class Mesh:
                     remote.outbox.offer(Frame(CANCEL, number, b""))
 
     async def _reach(self, peer: PeerId, message: bytes) -> Remote:
-        _check_size(message)
+        check_size(message)
         remote = self._remote(peer)
+        if remote.link is not None and remote.link.finishing:
+            await remote.link.ended.wait()
         if remote.link is None:
             if remote.dial is None and trio.current_time() < remote.retry_at:
                 raise PeerUnreachable(peer, remote.why)
             await self.connect(peer)
         return remote
-
-    async def _on_frame(self, remote: Remote, link: Link, frame: Frame) -> None:
-        payload = bytes(frame.payload)
-        if frame.kind == MESSAGE:
-            await remote.inbox.room()
-            remote.inbox.push(payload)
-            self._pump_soon(remote)
-        elif frame.kind == REQUEST:
-            if len(link.running) < REQUESTS_WAITING_MAX and frame.id not in link.running:
-                scope = link.running[frame.id] = trio.CancelScope()
-                link.nursery.start_soon(self._answer, remote, link, frame.id, payload, scope)
-            else:
-                remote.outbox.offer(_error(frame.id, "busy", "the peer has too many requests: try again later"))
-        elif frame.kind in (REPLY, ERROR):
-            pending = remote.pending.pop(frame.id, None)
-            if pending is not None and frame.kind == REPLY:
-                pending.resolve(payload)
-            elif pending is not None:
-                pending.fail(_remote_error(payload))
-        elif frame.kind == CANCEL:
-            if frame.id in link.running:
-                link.running[frame.id].cancel()
-        elif frame.kind == SERVE_ME:
-            self._blobs.serve_back(remote)
-        else:
-            raise ChannelClosed("the other end broke the frame format")
-
-    def _pump_soon(self, remote: Remote) -> None:
-        if not remote.inbox.pumping and self._nursery is not None:
-            remote.inbox.pumping = True
-            self._nursery.start_soon(self._pump, remote)
-
-    async def _pump(self, remote: Remote) -> None:
-        """Hand over what arrived, in order, until there is nothing more."""
-        try:
-            while (event := remote.inbox.pop()) is not None:
-                try:
-                    if isinstance(event, bytes):
-                        await self._handler.on_message(remote.id, event)
-                    elif isinstance(event, Up):
-                        await self._handler.on_up(remote.id, event.hello)
-                        event.link.announced.set()
-                    else:
-                        await self._handler.on_down(remote.id, event.why)
-                except Exception:
-                    self.fault(remote.id)
-                    if remote.link is not None:
-                        self._lose(remote, remote.link, "this peer failed on a message of it")
-        finally:
-            remote.inbox.pumping = False
-
-    async def _answer(
-        self, remote: Remote, link: Link, number: int, message: bytes, scope: trio.CancelScope
-    ) -> None:
-        try:
-            with scope:
-                try:
-                    remote.slots.acquire_nowait()
-                except trio.WouldBlock:
-                    await remote.slots.acquire()
-                try:
-                    if not link.announced.is_set():
-                        await link.announced.wait()
-                    frame = await self._handled(remote, number, message)
-                finally:
-                    remote.slots.release()
-                if link.active:
-                    await remote.outbox.put(frame)
-        except PeerUnreachable:
-            pass  # the queue was given up: so is the answer
-        finally:
-            del link.running[number]
-
-    async def _handled(self, remote: Remote, number: int, message: bytes) -> Frame:
-        try:
-            answer = await self._handler.on_request(remote.id, message)
-            _check_size(answer)
-            return Frame(REPLY, number, answer)
-        except RemoteError as error:
-            return _error(number, error.code, error.text)
-        except TransportError as error:
-            return _error(number, "unreachable", str(error))
-        except Exception as error:
-            self.fault(remote.id)
-            return _error(number, "internal", f"the peer failed on this request: {type(error).__name__}")
-
-    def fault(self, peer: PeerId) -> None:
-        """Count and log the exception being handled: ours, on what this peer sent."""
-        self.counters["handler_faults"] += 1
-        log.exception("the handler failed on what peer %s sent", peer.hex()[:10])
 
     # ---- blobs -------------------------------------------------------------------------------------------------------
 
@@ -559,22 +450,5 @@ class Mesh:
         try:
             return await self._handler.read_blob(peer, blob, offset, length)
         except Exception:
-            self.fault(peer)
+            self._dispatch.fault(peer)
             return None
-
-
-def _check_size(message: bytes) -> None:
-    if len(message) > MESSAGE_BYTES_MAX:
-        raise ValueError(f"a message of {len(message)} bytes: at most {MESSAGE_BYTES_MAX} are allowed, use a blob")
-
-
-def _error(number: int, code: str, text: str) -> Frame:
-    return Frame(ERROR, number, codec.encode((code, text[:1000])))
-
-
-def _remote_error(payload: bytes) -> RemoteError:
-    try:
-        code, text = codec.decode(payload, tuple[str, str])
-    except codec.CodecError:
-        code, text = "garbled", "the peer's error can't be read"
-    return RemoteError(code, text)

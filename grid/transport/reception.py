@@ -17,12 +17,14 @@ from dht.network import Address, Listener
 from grid.transport.bloblinks import BlobLinks
 from grid.transport.channel import SecureChannel, respond
 from grid.transport.dialling import format_address
+from grid.transport.dispatch import Dispatch
 from grid.transport.errors import ChannelClosed, HandshakeError, NotAMember, PeerUnreachable, RemoteError
+from grid.transport.handler import MeshHandler
 from grid.transport.hello import BLOBS, JOIN, PEER, SERVE, Code, Credentials, Verdict
 from grid.transport.limits import ADMIT_S, HALF_OPEN_MAX, HANDSHAKE_S, JOINS_MAX
 
 if TYPE_CHECKING:
-    from grid.transport.mesh import Mesh, MeshHandler
+    from grid.transport.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,10 @@ ADMIT_MARGIN_S: Final = 1.0
 class Reception:
     """Accepts for one mesh."""
 
-    def __init__(self, mesh: Mesh, blobs: BlobLinks, credentials: Credentials, handler: MeshHandler) -> None:
+    def __init__(self, mesh: Mesh, blobs: BlobLinks, dispatch: Dispatch, credentials: Credentials, handler: MeshHandler) -> None:
         self._mesh = mesh
         self._blobs = blobs
+        self._dispatch = dispatch
         self._credentials = credentials
         self._handler = handler
         self._half_open: dict[object, trio.CancelScope] = {}
@@ -131,7 +134,7 @@ class Reception:
         except RemoteError as error:
             return Verdict(error.code, error.text)
         except Exception as error:
-            self._mesh.fault(channel.peer)
+            self._dispatch.fault(channel.peer)
             return Verdict(Code.REFUSED, f"the peer failed on this invite: {type(error).__name__}")
         return Verdict(Code.OK, "", chain, tuple(self._mesh.addresses_to_tell()))
 

@@ -64,11 +64,6 @@ class Environment:
     """Where it lies, for a sandbox to bind; "" if it is not ours."""
     lease: object = field(default=None, compare=False, repr=False)
 
-    @property
-    def is_bare(self) -> bool:
-        """Nothing but the standard library of this peer's interpreter."""
-        return self == Environment.bare()
-
     @classmethod
     def bare(cls) -> Environment:
         """The standard library of the interpreter that runs this peer."""

@@ -1,7 +1,7 @@
 """All children of a peer: spare fork servers, the jobs' processes, and the watch over their memory.
 
 `WorkerPool.run` holds the one nursery in which everything here runs; leaving it kills every child. A job's processes are
-forked by a fork server of its own, never shared between jobs. Spare servers of the bare environment wait for the next job.
+forked by a fork server of its own, never shared between jobs. Spare servers of one environment (mostly the bare one) wait for the next job.
 """
 
 from __future__ import annotations
@@ -38,8 +38,17 @@ RELIEF_S: Final = 1.0
 class WorkerPool:
     """Owns all child processes of this peer."""
 
-    def __init__(self, *, spare_zygotes: int = 1, kill_grace_s: float = 2.0, memory_poll_s: float = MEMORY_POLL_S) -> None:
+    def __init__(
+        self,
+        *,
+        spare_zygotes: int = 1,
+        spare_environment: Environment | None = None,
+        kill_grace_s: float = 2.0,
+        memory_poll_s: float = MEMORY_POLL_S,
+    ) -> None:
+        """`spare_environment`: of the servers kept warm, where jobs will mostly use another than the bare one."""
         self._spares_wanted = spare_zygotes
+        self._spare_environment = spare_environment or Environment.bare()
         self.kill_grace_s = kill_grace_s
         self._memory_poll_s = memory_poll_s
         self._spares: list[ForkServer] = []
@@ -86,9 +95,9 @@ class WorkerPool:
         """All that live."""
         return [child for job in self._jobs for child in job.children]
 
-    def take_server(self, environment: Environment, sandbox: Sandbox, binds: Sequence[Bind]) -> ForkServer | None:
+    def take_server(self, environment: Environment, sandbox: Sandbox) -> ForkServer | None:
         """A spare fork server if one fits."""
-        if not environment.is_bare or not isinstance(sandbox, NoSandbox):
+        if environment != self._spare_environment or not isinstance(sandbox, NoSandbox):
             return None
         while self._spares:
             server = self._spares.pop(0)
@@ -109,7 +118,6 @@ class WorkerPool:
         self._jobs.discard(job)
 
     async def _keep_spares(self) -> None:
-        bare = Environment.bare()
         pause_s = 1.0
         while True:
             self._spare_taken = trio.Event()
@@ -118,7 +126,7 @@ class WorkerPool:
                 await self._spare_taken.wait()
                 continue
             try:
-                server = self.start_server(bare, NoSandbox(), ())
+                server = self.start_server(self._spare_environment, NoSandbox(), ())
                 self._spares.append(server)  # a job may take it before it is ready: then they wait together
                 await server.wait_ready()
             except WorkerStartError:  # each job will be told; perhaps it is a passing lack of memory
@@ -130,8 +138,10 @@ class WorkerPool:
     async def _watch_memory(self) -> None:
         total, _ = memory.machine_bytes()
         relieved_at = -RELIEF_S
+        spent_s = 0.0
         while True:
-            await trio.sleep(self._memory_poll_s)
+            await trio.sleep(max(self._memory_poll_s, 20 * spent_s))  # a twentieth of a core is enough, however many there are
+            began_s = trio.current_time()
             children = self.children()
             sizes = {child: child.rss_bytes() for child in children}
             for child, size in sizes.items():
@@ -139,6 +149,7 @@ class WorkerPool:
                     child.kill("memory")
             _, available = memory.machine_bytes()
             now = trio.current_time()
+            spent_s = now - began_s
             if sizes and available < AVAILABLE_SHARE_MIN * total and now - relieved_at > RELIEF_S:
                 relieved_at = now
                 # Drivers last: a worker's tasks run again elsewhere, a driver is the job.
@@ -214,9 +225,12 @@ class JobProcesses:
                 return self._server
             if self._closing.is_set():
                 raise WorkerStartError("the job's processes are closed")
-            self._server = self._pool.take_server(self.environment, self._sandbox, self._binds) or self._pool.start_server(
-                self.environment, self._sandbox, self._binds
-            )
+            self._server = self._pool.take_server(self.environment, self._sandbox)
+            if self._server is not None:
+                with contextlib.suppress(WorkerStartError):  # a spare that died unseen: start another
+                    await self._server.wait_ready()
+                    return self._server
+            self._server = self._pool.start_server(self.environment, self._sandbox, self._binds)
             await self._server.wait_ready()
             return self._server
 
@@ -226,6 +240,7 @@ class JobProcesses:
         async with _open_child(role, fds) as (child, handed, pipes):
             number, pid = await server.fork(role, handed, memory_bytes_max, functools.partial(self._on_exit, child))
             child.memory_bytes_max = memory_bytes_max
+            child.grace_s = self._pool.kill_grace_s
             child.on_fork(pid, functools.partial(server.kill, number))
             self._opened = [other for other in self._opened if not other.closed] + [child]
             if not child.exited.is_set():

@@ -50,6 +50,8 @@ class Child:
         self.why = ""
         """Why we killed it: "memory", "timeout", "protocol" or what `kill` was given; "" if we did not."""
         self.memory_bytes_max = 0
+        self.grace_s = 2.0
+        """What `stop` grants."""
         self._kill: Callable[[], None] = lambda: None
         self._socket = channel
         self._reader = wire.FrameReader(wire.from_child_decoder)
@@ -268,9 +270,9 @@ class Child:
             self.why = self.why or reason
             self._kill()
 
-    async def stop(self, grace_s: float) -> None:
+    async def stop(self, grace_s: float | None = None) -> None:
         """Ask it to finish what runs and exit; kill it after `grace_s`. Somebody must go on reading `frames`."""
-        with trio.move_on_after(grace_s), contextlib.suppress(ChildGone):
+        with trio.move_on_after(self.grace_s if grace_s is None else grace_s), contextlib.suppress(ChildGone):
             await self.send(wire.Stop())
             await self.exited.wait()
         self.kill("stopped")

@@ -10,6 +10,7 @@ from grid.blobs.blob import (
     SMALL_BYTES_MAX,
     BlobMissing,
     StoreFull,
+    blob_id,
 )
 from grid.blobs.small import OVERHEAD_BYTES
 from grid.blobs.store import BlobStore
@@ -99,3 +100,15 @@ async def test_damaged_pack_is_missing_not_wrong(make: Callable[..., BlobStore])
             missing += 1
             assert not store.has(blob)
     assert 10 <= missing < 30
+
+
+async def test_small_blob_that_got_a_file_leaves_memory(make: Callable[..., BlobStore]) -> None:
+    store = make()
+    data = [b"one", b"two"]
+    for each in data:
+        store.put_now([each])
+    blob = await store.put(data[0], durable=True)
+    assert await content(store, blob_id(data[1])) == data[1]
+    assert store.memory_bytes == 0
+    assert await store.read(blob, 0, 3) == data[0]
+    assert store.read_now(blob) is None

@@ -202,6 +202,20 @@ async def test_flipped_bit_is_found_by_every_use(make: Callable[..., BlobStore],
     assert not store.has(blob)
 
 
+async def test_adopted_file_takes_the_place_of_a_damaged_one(make: Callable[..., BlobStore], tmp_path: Path) -> None:
+    store = make()
+    blob = await store.put(bytes_of(BIG))
+    path = await store.path(blob)
+    assert path is not None
+    path.chmod(0o600)
+    path.write_bytes(b"short now")
+    spool = tmp_path / "spool"
+    spool.write_bytes(bytes_of(BIG))
+    await store.adopt(spool)
+    assert await content(store, blob) == bytes_of(BIG)
+    assert store.used_bytes == bytes_on_disk(store.root)
+
+
 # ---- anything goes ----
 
 

@@ -47,9 +47,14 @@ def test_json_prints_one_line_when_it_serves(grid: Grid) -> None:
         assert f"joined with {INVITE}" in process.stderr.read()
 
 
-def test_background_returns_when_it_serves(peer: Grid) -> None:
-    assert peer.json("status", "--json")["schema"] == 1
-    assert (peer.home / "peer.log").exists()
+def test_background_returns_when_it_serves(grid: Grid) -> None:
+    assert grid("join", "-d", *LISTEN).returncode == 0
+    assert grid.json("status", "--json")["schema"] == 1
+    assert (grid.home / "peer.log").exists()
+    assert grid("leave").returncode == 0
+
+
+def test_second_peer_in_the_home(peer: Grid) -> None:
     done = peer("join", "-d")
     assert done.returncode == 1
     pid = (peer.home / "lock").read_text().strip()
@@ -124,7 +129,7 @@ def test_port_taken_in_the_foreground(grid: Grid) -> None:
 def test_killed_peer_leaves_a_home_that_starts_again(peer: Grid) -> None:
     pid = int((peer.home / "lock").read_text())
     subprocess.run(["kill", "-9", str(pid)], check=True)
-    eventually(lambda: not processes_of(peer.home))
-    assert peer("status").returncode == 3
-    assert peer("join", "-d").returncode == 0
+    eventually(lambda: peer("status").returncode == 3)
+    assert peer("join", "-d", *LISTEN).returncode == 0
     assert peer("status").returncode == 0
+    assert peer("leave").returncode == 0

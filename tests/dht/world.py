@@ -30,7 +30,7 @@ def identity(number: int) -> Identity:
     return Identity.from_seed(random.Random(number).randbytes(32))
 
 
-ROOT = identity(-1)
+ROOT = identity(1_000_000)
 
 
 def founder(now_s: float = EPOCH_S) -> Membership:

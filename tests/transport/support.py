@@ -28,13 +28,14 @@ def identity(number: int) -> Identity:
 class Grid:
     """Members by number; their keys, hence ids, are the same in each run."""
 
-    def __init__(self, root: int = 1000) -> None:
+    def __init__(self, root: int = 1000, now_s: float = NOW_S) -> None:
+        self.now_s = now_s
         self.root = identity(root)
-        self.founder = Membership.found(identity(root + 1), self.root, NOW_S)
+        self.founder = Membership.found(identity(root + 1), self.root, now_s)
 
     def member(self, number: int, lifetime_s: int = 86_400) -> Membership:
         key = identity(number)
-        chain = self.founder.admit(key.public, MEMBER, b"", NOW_S, lifetime_s)
+        chain = self.founder.admit(key.public, MEMBER, b"", self.now_s, lifetime_s)
         return Membership(self.root.public, key, chain)
 
     def credentials(self, number: int, now_s: float = NOW_S, **changes: Any) -> Credentials:
@@ -51,7 +52,7 @@ class Grid:
 class World:
     """Real sockets on loopback, or memory when `memory` is set."""
 
-    def __init__(self, memory: bool, **link: float) -> None:
+    def __init__(self, memory: bool, **link: Any) -> None:
         self.memory = MemoryNetwork(random.Random(7), **link) if memory else None
 
     def network(self, name: str) -> Network:
@@ -87,6 +88,10 @@ class Recorder:
 
     def kinds(self, peer: PeerId) -> list[str]:
         return [kind for kind, who, _ in self.events if who == peer]
+
+    def got(self, kind: str, count: int) -> Callable[[], bool]:
+        """A condition for `until`."""
+        return lambda: self.count(kind) >= count
 
     def count(self, kind: str) -> int:
         return sum(event[0] == kind for event in self.events)
@@ -140,9 +145,7 @@ class Peer:
             "rng": random.Random(seed),
             "entropy": random.Random(seed + 1).randbytes,
         }
-        self.mesh = Mesh(
-            membership=membership, network=world.network(name), handler=self.handler, **(defaults | options)
-        )
+        self.mesh = Mesh(membership=membership, network=world.network(name), handler=self.handler, **(defaults | options))
         self._scope = trio.CancelScope()
         self._stopped = trio.Event()
 

@@ -140,7 +140,12 @@ async def test_server_dies_in_the_middle(clock: Any, world: World, grid: Grid) -
 
 async def test_hanging_server_is_given_up(autojump_clock: Any, memory_world: World, grid: Grid) -> None:
     async with peers(memory_world, grid, 2) as (one, two):
-        two.handler.read_blob = lambda *arguments: trio.sleep_forever()  # type: ignore[assignment,method-assign]
+
+        async def read(peer: PeerId, blob: bytes, offset: int, length: int) -> bytes:
+            await trio.sleep_forever()
+            return b""
+
+        two.handler.read_blob = read  # type: ignore[method-assign]
         with pytest.raises(PeerUnreachable, match="took over"):
             await one.mesh.read_blob(two.id, NAME, 0, 1)
 

@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from dht.core import codec
 from dht.core.identity import PeerId
 from grid.transport import channel as channel_module
 from grid.transport.channel import MAGIC, SecureChannel, initiate, respond
@@ -51,7 +52,7 @@ async def meet(one: Credentials, two: Credentials, verdict: Verdict | None = Non
     async def listener() -> None:
         ends["listener"] = found = await caught(lambda: respond(far, two))
         if isinstance(found, SecureChannel):
-            await found.send(channel_module.codec.encode(verdict or Verdict(Code.OK)))
+            await found.send(codec.encode(verdict or Verdict(Code.OK)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(dialler)
@@ -92,7 +93,7 @@ async def test_records_of_all_sizes(clock: Any, world: World, grid: Grid) -> Non
 
             async def serve() -> None:
                 channel = await respond(far, grid.credentials(2))
-                await channel.send(channel_module.codec.encode(Verdict(Code.OK)))
+                await channel.send(codec.encode(Verdict(Code.OK)))
                 for _ in sizes:
                     record = await channel.receive()
                     await channel.send(record, b"and", record[:10])
@@ -226,9 +227,9 @@ async def test_garbage(clock: Any, world: World, grid: Grid, garbage: bytes) -> 
         await near.send_all(garbage)
         with pytest.raises(NotAPeer):
             await respond(far, grid.credentials(2))
+        other_near, other_far = trio.testing.memory_stream_pair()
+        await other_far.send_all(garbage)
         with pytest.raises(NotAPeer):
-            other_near, other_far = trio.testing.memory_stream_pair()
-            await other_far.send_all(garbage)
             await initiate(other_near, grid.credentials(1), PEER)
 
 
@@ -254,7 +255,7 @@ async def test_half_open_times_out(autojump_clock: Any, grid: Grid, sent: bytes)
 
 
 async def test_cancel_closes_the_stream(autojump_clock: Any, grid: Grid) -> None:
-    near, far = trio.testing.memory_stream_pair()
+    _near, far = trio.testing.memory_stream_pair()
     with trio.move_on_after(1):
         await respond(far, grid.credentials(2))
     with pytest.raises(trio.ClosedResourceError):
@@ -318,7 +319,7 @@ async def test_send_now_leaves_what_the_kernel_refuses(grid: Grid) -> None:
 
         async def serve() -> None:
             ends.append(await respond(far, grid.credentials(2)))
-            await ends[0].send(channel_module.codec.encode(Verdict(Code.OK)))
+            await ends[0].send(codec.encode(Verdict(Code.OK)))
 
         nursery.start_soon(serve)
         channel, _ = await initiate(near, grid.credentials(1), PEER)

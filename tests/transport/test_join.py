@@ -12,8 +12,7 @@ import trio
 from dht.core.invite import Invite, make_invite
 from dht.core.membership import Chain, Membership, MembershipError
 from dht.network import Address
-from grid.transport import channel as channel_module
-from grid.transport.channel import initiate
+from grid.transport.channel import MAGIC, initiate
 from grid.transport.errors import JoinError, Refused, RemoteError
 from grid.transport.hello import JOIN, Credentials
 from grid.transport.join import join
@@ -120,10 +119,11 @@ async def test_another_version_answers(clock: Any, world: World, grid: Grid) -> 
         async def old_peer() -> None:
             stream, _ = await listener.accept()
             await stream.receive_some(100)
-            await stream.send_all(struct.pack(">8sH", channel_module.MAGIC, 7))
+            await stream.send_all(struct.pack(">8sH", MAGIC, 7))
+            await stream.aclose()
 
         nursery.start_soon(old_peer)
-        with pytest.raises(JoinError, match="version 7.*update peergrid here") as caught:
+        with pytest.raises(JoinError, match=r"version 7.*update peergrid here") as caught:
             await join(world.network("new"), invite_to(grid, listener.address), JOINER, NOW_S)
         assert caught.value.code == "version"
         await listener.aclose()

@@ -25,6 +25,7 @@ from grid.transport.limits import (
     MESSAGE_BYTES_MAX,
     OUTBOX_FRAMES_MAX,
     REQUESTS_RUNNING_MAX,
+    REQUESTS_WAITING_MAX,
     UNREACHABLE_S,
 )
 from tests.transport.support import NOW_S, Grid, Peer, World
@@ -42,6 +43,11 @@ async def peers(world: World, grid: Grid, count: int, **options: Any) -> AsyncIt
             peer.knows(*[other for other in made if other is not peer])
         yield made
         nursery.cancel_scope.cancel()
+
+
+async def hang(peer: PeerId, message: bytes) -> bytes:
+    await trio.sleep_forever()
+    return b""
 
 
 async def test_messages_in_order_between_up_and_down(clock: Any, world: World, grid: Grid) -> None:
@@ -159,7 +165,7 @@ async def test_simultaneous_dials_end_in_one_connection(autojump_clock: Any, gri
             nursery.start_soon(talk, one, two, rng.random() * 0.05)
             nursery.start_soon(talk, two, one, rng.random() * 0.05)
         for near in (one, two):
-            await near.handler.until(lambda near=near: near.handler.count("message") == 100)
+            await near.handler.until(near.handler.got("message", 100))
             assert near.handler.messages() == [b"%d" % number for number in range(100)]
             assert near.handler.count("up") == 1
             assert near.handler.count("down") == 0
@@ -174,7 +180,7 @@ async def test_everybody_dials_everybody(clock: Any, world: World, grid: Grid) -
                     if near is not far:
                         nursery.start_soon(near.mesh.send, far.id, near.id + far.id)
         for near in everyone:
-            await near.handler.until(lambda near=near: near.handler.count("message") == 7)
+            await near.handler.until(near.handler.got("message", 7))
             assert sorted(near.handler.messages()) == sorted(far.id + near.id for far in everyone if far is not near)
             assert len(near.mesh.connected()) == 7
 
@@ -195,7 +201,7 @@ async def test_nobody_there(clock: Any, world: World, grid: Grid) -> None:
         with pytest.raises(PeerUnreachable, match="no address of it is known"):
             await one.mesh.send(stranger, b"x")
         await two.stop()
-        with pytest.raises(PeerUnreachable, match="refused|nothing listens"):
+        with pytest.raises(PeerUnreachable, match=r"refused|nothing listens"):
             await one.mesh.connect(two.id)
         located = one.located
         with pytest.raises(PeerUnreachable):
@@ -241,7 +247,7 @@ async def test_cut_is_noticed_and_healed(autojump_clock: Any, memory_world: Worl
         world.memory.partition(one.name, two.name)
         start = trio.current_time()
         for near in (one, two):
-            await near.handler.until(lambda near=near: near.handler.count("down"))
+            await near.handler.until(near.handler.got("down", 1))
         assert DEAD_S - 3 <= trio.current_time() - start <= DEAD_S + 4  # the last byte came before the cut
         assert "no sign of life" in one.handler.events[-1][2]
         assert not one.mesh.post(two.id, b"lost")
@@ -266,7 +272,7 @@ async def test_killed_process_is_noticed_at_once(autojump_clock: Any, memory_wor
     assert memory_world.memory is not None
     async with peers(memory_world, grid, 2) as (one, two):
         await one.mesh.connect(two.id)
-        two.handler.answer = lambda peer, message: trio.sleep_forever()  # type: ignore[assignment,return-value]
+        two.handler.answer = hang
 
         async def kill() -> None:
             await trio.sleep(1)
@@ -346,7 +352,11 @@ async def test_slow_handler_holds_back_its_peer_only(clock: Any, world: World, g
 async def test_slow_handler_is_not_death(autojump_clock: Any, memory_world: World, grid: Grid) -> None:
     """Silence counts only while we listen: a handler may take longer than DEAD_S with a full inbox."""
     async with peers(memory_world, grid, 2) as (one, two):
-        two.handler.hold = lambda peer, message: trio.sleep(0.05)
+
+        async def hold(peer: PeerId, message: bytes) -> None:
+            await trio.sleep(0.05)
+
+        two.handler.hold = hold
         for number in range(2 * INBOX_EVENTS_MAX):
             await one.mesh.send(two.id, b"%d" % number + bytes(9000))
         await two.handler.until(lambda: two.handler.count("message") == 2 * INBOX_EVENTS_MAX, within_s=300)
@@ -377,21 +387,24 @@ async def test_requests_of_one_peer_are_bounded(clock: Any, world: World, grid: 
                 codes.append("")
             except RemoteError as error:
                 codes.append(error.code)
+                if codes.count("busy") == 600 - REQUESTS_WAITING_MAX:
+                    enough_busy.set()
 
+        enough_busy = trio.Event()
         async with trio.open_nursery() as nursery:
             for _ in range(600):
                 nursery.start_soon(ask)
             await two.handler.until(lambda: two.handler.count("running") == REQUESTS_RUNNING_MAX)
             with trio.fail_after(10):
-                while codes.count("busy") < 600 - 512:
-                    await trio.sleep(0.01)
+                await enough_busy.wait()
             gate.set()
         assert most == REQUESTS_RUNNING_MAX
-        assert codes.count("") == 512
+        assert codes.count("") == REQUESTS_WAITING_MAX
 
 
 async def test_fault_in_a_handler_costs_one_connection(clock: Any, world: World, grid: Grid) -> None:
     async with peers(world, grid, 3) as (one, two, three):
+
         async def hold(peer: PeerId, message: bytes) -> None:
             if message == b"bad":
                 raise KeyError("fault")
@@ -431,10 +444,10 @@ async def test_too_many_connections_drop_the_idlest(
         await two.mesh.send(one.id, b"x")
         await trio.sleep(20)
         await three.mesh.send(one.id, b"x")
+        one.mesh.keep(two.id)
         with pytest.raises(PeerUnreachable, match="too many connections"):
-            one.mesh._remotes[two.id].link.keep = True  # type: ignore[union-attr]
             await four.mesh.connect(one.id)
-        one.mesh._remotes[two.id].link.keep = False  # type: ignore[union-attr]
+        one.mesh.unkeep(two.id)
         await trio.sleep(1)
         await four.mesh.connect(one.id)
         await two.handler.until(lambda: two.handler.count("down"))
@@ -483,9 +496,10 @@ async def test_stranger_is_refused(clock: Any, world: World, grid: Grid) -> None
         stream = await world.network("stranger").open_stream(one.address)
         with pytest.raises(Refused, match="no certificate"):
             await initiate(stream, stranger, PEER)
-        await one.handler.until(lambda: True)
+        with trio.fail_after(5):
+            while one.mesh.counters["NotAMember"] != 1:
+                await trio.lowlevel.checkpoint()
         assert one.handler.events == []
-        assert one.mesh.counters["NotAMember"] == 1
 
 
 async def test_garbage_and_half_open_connections_are_bounded(autojump_clock: Any, memory_world: World, grid: Grid) -> None:
@@ -566,7 +580,7 @@ async def test_port_taken(clock: Any, world: World, grid: Grid) -> None:
 async def test_connect_address_failures(clock: Any, world: World, grid: Grid) -> None:
     async with peers(world, grid, 1) as (one,):
         free = ("host-9", 9) if world.memory is not None else ("127.0.0.1", 1)
-        with pytest.raises(OSError, match=".*"):
+        with pytest.raises(OSError, match=r"no host|failed"):
             await one.mesh.connect_address(free)
         with pytest.raises(HandshakeError, match="our own"):
             await one.mesh.connect_address(one.address)

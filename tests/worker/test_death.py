@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -201,7 +202,7 @@ trio.run(main)
             process.kill()
             await process.wait()
     for pid in map(int, line.split()):
-        await poll(lambda pid=pid: not alive(pid))
+        await poll(functools.partial(lambda pid: not alive(pid), pid))
 
 
 async def test_peer_and_fork_server_killed_at_once(tasks: Tasks, job: JobProcesses) -> None:

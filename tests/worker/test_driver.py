@@ -1,5 +1,6 @@
 """The driver process: the script runs as under Python (real processes)."""
 
+# ruff: noqa: ASYNC221, ASYNC230, ASYNC240 - small files and short programs
 from __future__ import annotations
 
 import os

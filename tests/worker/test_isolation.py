@@ -98,11 +98,9 @@ async def test_modules_beside_the_script(tasks: Tasks, setup: wire.Setup) -> Non
         (Path(setup.script).parent / f"{name}.py").write_text(f"NAME = 'the script''s {name}'\n")
 
     def task() -> list[str]:
-        import cli  # type: ignore[attr-defined]
-        import dht  # type: ignore[attr-defined]
-        import helper  # type: ignore[import-not-found]
+        import importlib
 
-        return [helper.NAME, dht.NAME, cli.NAME]
+        return [importlib.import_module(name).NAME for name in ("helper", "dht", "cli")]
 
     assert await tasks.call(task) == ["the scripts helper", "the scripts dht", "the scripts cli"]
 
@@ -129,6 +127,22 @@ async def test_callers_own_environment(pool: WorkerPool, setup: wire.Setup) -> N
     assert len(set(first.values())) == 3
     with trio.fail_after(PATIENCE_S):
         await job.aclose()
+
+
+async def test_spare_server_of_the_callers_environment(setup: wire.Setup, nursery: trio.Nursery) -> None:
+    """The embedded grid's first job finds one that is warm."""
+    environment = Environment.caller(sys.executable, sys.path, sys.prefix)
+    pool = WorkerPool(spare_environment=environment)
+    with trio.fail_after(PATIENCE_S):
+        await nursery.start(pool.run)
+        await trio.testing.wait_all_tasks_blocked()
+        spare = pool._spares[0]
+        job = await pool.open_job(setup=setup, environment=environment)
+        assert job._server is spare
+        bare = await pool.open_job(setup=setup)
+        assert bare._server not in (None, spare, *pool._spares)
+        assert await Tasks(await job.start_worker()).call(importable("numpy")) == ["numpy"]
+        assert await Tasks(await bare.start_worker()).call(importable("numpy")) == []
 
 
 async def test_own_library_of_an_environment_wins(pool: WorkerPool, setup: wire.Setup, tmp_path: Path) -> None:

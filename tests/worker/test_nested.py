@@ -59,7 +59,7 @@ async def test_nested_map_while_more_work_waits(tasks: Tasks) -> None:
     def outer(x: int) -> int:
         import grid
 
-        return sum(grid.map(lambda y: y * y, range(x))) + sum(grid.map(abs, [-x]))
+        return int(sum(grid.map(lambda y: y * y, range(x))) + sum(grid.map(abs, [-x])))
 
     leader = Leader(tasks)
     await tasks.define(outer)

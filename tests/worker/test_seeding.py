@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from grid.worker.seeding import stage_seed, task_seed
 
 
@@ -15,6 +17,6 @@ def test_seeds_of_neighbours_differ_in_about_half_their_bits() -> None:
     base = stage_seed(1, 2)
     seeds = [task_seed(base, index) for index in range(2000)]
     assert len(set(seeds)) == 2000
-    flips = [(a ^ b).bit_count() for a, b in zip(seeds, seeds[1:], strict=False)]
+    flips = [(a ^ b).bit_count() for a, b in itertools.pairwise(seeds)]
     assert 30 < sum(flips) / len(flips) < 34
     assert min(flips) > 8

@@ -288,6 +288,28 @@ async def test_process_forked_by_a_task_leaves_the_worker_alone(tasks: Tasks) ->
     assert await tasks.run(task, [5, 6]) == {0: 5, 1: 6}
 
 
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+async def test_multiprocessing_in_a_task(tasks: Tasks, method: str) -> None:
+    def task(x: int) -> list[int]:
+        import math
+        import multiprocessing
+
+        print("in the task")
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            return pool.map(math.isqrt, [x, x * x])
+
+    assert await tasks.run(task, [100, 400]) == {0: [10, 100], 1: [20, 400]}
+
+
+async def test_stop_kills_after_its_grace(tasks: Tasks) -> None:
+    await tasks.define(lambda x: __import__("time").sleep(1000))
+    await tasks.start([1])
+    with trio.fail_after(PATIENCE_S):
+        await tasks.child.stop(0.1)
+        await tasks.child.exited.wait()
+    assert tasks.child.why == "stopped"
+
+
 async def test_stop_lets_queued_tasks_finish(tasks: Tasks) -> None:
     await tasks.define(lambda x: x)
     ticket = await tasks.start([1, 2])
