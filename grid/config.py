@@ -200,9 +200,7 @@ class Home:
             return
         host = _host()
         cards = set(recorded.get("cards", ()))
-        cloned = bool(
-            cards and host["cards"] and cards.isdisjoint(host["cards"]) and recorded.get("host") != host["host"]
-        )
+        cloned = bool(cards and host["cards"] and cards.isdisjoint(host["cards"]) and recorded.get("host") != host["host"])
         if recorded.get("machine") != machine_id() or cloned:
             raise ConfigError(
                 "home-foreign",

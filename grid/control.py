@@ -185,9 +185,7 @@ class Control:
             if not _same_user(stream.socket):
                 refusal = Error("foreign-user", "this peer serves only the user who runs it")
             elif self._clients >= CLIENTS_MAX:
-                refusal = Error(
-                    "busy", f"this machine's peer already serves {CLIENTS_MAX} commands", "end some of them"
-                )
+                refusal = Error("busy", f"this machine's peer already serves {CLIENTS_MAX} commands", "end some of them")
             if refusal is not None:
                 await _dismiss(stream, refusal)
                 return

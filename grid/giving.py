@@ -157,9 +157,14 @@ class Giver:
         paces = tuple(
             (index, int(pace * 1e6)) for index in stages if (pace := site.stages[index].pace.per_task_s) is not None
         )
-        grant = Grant(
-            self._data.job, self._epoch, thief, number, tuple((w.stage, w.lo, w.hi) for w in works), tuple(refs), (), paces
+        attempts = tuple(
+            (work.stage, index, attempt)
+            for work in works
+            for index, attempt in site.stages[work.stage].attempts.items()
+            if work.lo <= index < work.hi
         )
+        ranges = tuple((work.stage, work.lo, work.hi) for work in works)
+        grant = Grant(self._data.job, self._epoch, thief, number, ranges, tuple(refs), attempts, paces)
         return Give(sign(grant, GRANT_DOMAIN, self._identity), tuple(declarations), tuple(functions.items()), tuple(inline))
 
     async def _segment(self, stage: int, segment: Segment) -> tuple[SegmentRef, bytes]:

@@ -228,6 +228,7 @@ class Leader:
         if again is None:
             return
         if again:
+            self.site.stages[index].attempts[failure.index] = self.ledger.attempt(index, failure.index)
             self._push(Work(index, failure.index, failure.index + 1), head=True)
             return
         self._owners[index].settle(stage, failure.index, failure.index + 1, Item(None, 0, failure, exception))

@@ -168,23 +168,17 @@ class Peer:
         """Start the DHT and the mesh on one port number. Raises OSError (port taken) as ConfigError."""
         listen = parse_address(self.options.listen or "")
         dispatch = self.dispatch = Dispatch(self)
+        self.mesh = Mesh(
+            membership=self.membership,
+            network=self.network,
+            handler=dispatch,
+            locate=self._locate,
+            describe=self._describe,
+            rng=self.rng,
+        )
         try:
-            for attempt in range(PORT_TRIES):
-                self.mesh = Mesh(
-                    membership=self.membership,
-                    network=self.network,
-                    handler=dispatch,
-                    locate=self._locate,
-                    describe=self._describe,
-                    rng=self.rng,
-                )
-                self.address = await nursery.start(self.mesh.run, listen)
-                try:
-                    await self._start_node(nursery)
-                    return
-                except OSError:
-                    if listen[1] or attempt == PORT_TRIES - 1:
-                        raise
+            self.address = await nursery.start(self.mesh.run, listen)
+            await self._start_node(nursery)
         except OSError as error:
             what = format_address(listen)
             raise ConfigError(
@@ -396,10 +390,6 @@ class Peer:
             await trio.sleep(limits.ANNOUNCE_S)
             for lead in list(self.jobs.led.values()):
                 lead.news()
-
-
-PORT_TRIES = 20
-"""With port 0 the system's choice for TCP may be taken for UDP."""
 
 
 def _identity(home: Home) -> Identity:

@@ -131,6 +131,9 @@ class Remote:
                     raise RefusedError("a segment that is not what was signed")
                 body = inline
             self.site.hold(ref.stage, Segment(ref.first, ref.count, ref.size, ref.refs), body, ref.blob, (giver, self.leader))
+        for stage, index, attempt in grant.attempts:
+            if stage in self.site.stages:
+                self.site.stages[stage].attempts[index] = attempt
         for stage, pace_us in grant.pace_us:
             if stage in self.site.stages:
                 self.site.stages[stage].pace.hint(pace_us / 1e6)

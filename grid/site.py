@@ -79,6 +79,13 @@ class SiteStage:
     pace: Pace = field(default_factory=Pace)
     held: dict[int, Held] = field(default_factory=dict)  # by first
     segments: SegmentTable = field(default_factory=SegmentTable)
+    attempts: dict[int, int] = field(default_factory=dict)  # of tasks that failed before and wait here
+
+    def alike(self, at: int, hi: int) -> int:
+        """Where the run of tasks from `at` on ends that are on the same attempt: a retried task runs alone."""
+        if not self.attempts:
+            return hi
+        return at + 1 if at in self.attempts else min((i for i in self.attempts if at < i < hi), default=hi)
 
 
 class Site:
@@ -278,7 +285,7 @@ class Site:
                 if segment is None:
                     self.uplink.returned(work.stage, at, work.hi)
                     break
-                part = Work(work.stage, at, min(work.hi, segment.end))
+                part = Work(work.stage, at, self.stages[work.stage].alike(at, min(work.hi, segment.end)))
                 at = part.hi
                 given += self._give(worker, part, segment)
 
@@ -387,7 +394,10 @@ class Site:
 
     def _progress(self, worker: SiteWorker, ticket: Ticket, at: int, elapsed_us: int, final: bool) -> None:
         count = at - ticket.at
-        self.stages[ticket.stage].pace.record(count, elapsed_us / 1e6)
+        stage = self.stages[ticket.stage]
+        stage.pace.record(count, elapsed_us / 1e6)
+        for index in [i for i in stage.attempts if ticket.at <= i < at]:
+            del stage.attempts[index]
         self.executed += count
         self._start_failures = 0
         ticket.at = at

@@ -84,8 +84,8 @@ class SiteWorker:
                 data = bodies.read(body)
         else:
             data = body
-        first = held.segment.first
-        self.post(wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, 0, path), data)
+        first, attempt = held.segment.first, stage.attempts.get(ticket.lo, 0)
+        self.post(wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path), data)
 
     def wait(self, blocked: bool) -> None:
         """Its task began or ended a wait for children."""

@@ -20,8 +20,9 @@ from typing import Any, ParamSpec, TypeVar
 from grid.api import feed, serialize, wire
 from grid.api.captures import Captures
 from grid.api.futures import GridFuture
+from grid.api.map_stage import MapStage
 from grid.api.session import Session, current, function_name
-from grid.api.stages import MapStage, SubmitStage
+from grid.api.submit_stage import SubmitStage
 
 P = ParamSpec("P")
 T = TypeVar("T")

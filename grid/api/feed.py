@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from grid.api.errors import GridError
-from grid.api.stages import SEGMENT_BYTES, SEGMENT_TASKS_MAX, MapStage
+from grid.api.map_stage import SEGMENT_TASKS_MAX, MapStage
+from grid.api.stages import SEGMENT_BYTES
 
 CALLER_S = 0.005
 """How long a call of map cuts its input itself: most inputs are through by then, and a thread costs 0.1 ms."""

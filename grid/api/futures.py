@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grid.api.session import Session
-    from grid.api.stages import SubmitStage
+    from grid.api.submit_stage import SubmitStage
 
 
 class GridFuture(concurrent.futures.Future[Any]):

@@ -15,7 +15,6 @@ A chunk is the pickle of one value (count 0) or of a sequence of `count` values.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import mmap
 import os
@@ -25,6 +24,9 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
+
+from grid.api.cloud import ClassTable, cloud_dumps, cloud_pickler, loading
+from grid.api.cloud import set_namespace as set_namespace
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -60,11 +62,10 @@ class SegmentError(ValueError):
 
 
 class _State(threading.local):
-    """What the pickling hooks of this thread collect or look up."""
+    """What the pickling hooks of this thread collect."""
 
     def __init__(self) -> None:
         self.refs: list[str] = []
-        self.classes: Sequence[type] = ()
 
 
 _state = _State()
@@ -73,106 +74,6 @@ _state = _State()
 def note_ref(name: str) -> None:
     """Called by objects as they are pickled: whoever loads this will read the blob of this (hex) name."""
     _state.refs.append(name)
-
-
-# ---- identities of the script's classes ------------------------------------------------------------------------------
-
-_namespace = ""
-_occurrences: dict[str, int] = {}
-_names_lock = threading.Lock()
-
-
-def set_namespace(namespace: str) -> None:
-    """Derive the identities of classes first pickled from now on from `namespace`: the job, or in a worker the task.
-
-    The same script pickling the same classes in the same order gets the same identities (the driver's replay does).
-    """
-    global _namespace
-    with _names_lock:
-        if namespace != _namespace:
-            _namespace = namespace
-            _occurrences.clear()
-
-
-def _identify(class_: type) -> None:
-    """Give a class that travels by value its identity, unless it has one (it came from another process, say)."""
-    from cloudpickle import cloudpickle
-
-    with _names_lock, cloudpickle._DYNAMIC_CLASS_TRACKER_LOCK:
-        if not _namespace or class_ in cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS:
-            return
-        name = f"{class_.__module__}\0{class_.__qualname__}"
-        occurrence = _occurrences.get(name, 0)
-        _occurrences[name] = occurrence + 1
-        identity = hashlib.blake2b(f"{_namespace}\0{name}\0{occurrence}".encode(), digest_size=16).hexdigest()
-        cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS[class_] = identity
-        cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID[identity] = class_
-
-
-def _class_at(index: int) -> type:
-    """Stands in a pickle for the index-th class of its segment."""
-    return _state.classes[index]
-
-
-class ClassTable:
-    """The script's own classes that a stage's values use, sent once a segment. Only ever grows."""
-
-    def __init__(self) -> None:
-        self._indexes: dict[type, int] = {}
-        self._data = b""
-        self._written = 0
-        self.wanted = False
-        """Whether the last value needed cloudpickle: the next one probably does too."""
-
-    def index(self, class_: type) -> int:
-        """Return the class's place in the table."""
-        with _names_lock:
-            return self._indexes.setdefault(class_, len(self._indexes))
-
-    def __len__(self) -> int:
-        return len(self._indexes)
-
-    def dump(self) -> bytes:
-        """The pickled list of classes, made anew only when the table grew."""
-        if self._written < len(self._indexes):
-            classes = list(self._indexes)
-            self._data = cloud_dumps(classes)
-            self._written = len(classes)
-        return self._data
-
-
-_pickler_class: Any = None
-
-
-def _cloud_pickler() -> Any:
-    """cloudpickle's Pickler with our class identities; imported on first use, for it takes a few milliseconds."""
-    global _pickler_class
-    if _pickler_class is None:
-        from cloudpickle import cloudpickle
-
-        class CloudPickler(cloudpickle.Pickler):  # type: ignore[misc]
-            """`table` collects the classes that are sent by value; None: they are written in place."""
-
-            def __init__(self, file: Any, buffer_callback: Any = None, table: ClassTable | None = None) -> None:
-                super().__init__(file, 5, buffer_callback)
-                self._table = table
-
-            def reducer_override(self, obj: Any) -> Any:
-                if isinstance(obj, type) and not cloudpickle._should_pickle_by_reference(obj):
-                    _identify(obj)
-                    if self._table is not None:
-                        return _class_at, (self._table.index(obj),)
-                return super().reducer_override(obj)
-
-        _pickler_class = CloudPickler
-    return _pickler_class
-
-
-def cloud_dumps(value: Any) -> bytes:
-    """Pickle with cloudpickle and our class identities."""
-    out = io.BytesIO()
-    _cloud_pickler()(out).dump(value)
-    return out.getvalue()
 
 
 # ---- writing segments ------------------------------------------------------------------------------------------------
@@ -249,7 +150,7 @@ def pickle_value(value: Any, table: ClassTable, large: bool = False) -> bytes | 
         refs.clear()
     out = io.BytesIO()
     before = len(table)
-    _cloud_pickler()(out, keep_in, table).dump(value)
+    cloud_pickler()(out, keep_in, table).dump(value)
     data = out.getvalue()
     classes = len(table) > before or _CLASS_AT in data
     table.wanted = classes
@@ -408,9 +309,9 @@ def load_segment(data: Buffer | mmap.mmap, lo: int = 0, hi: int | None = None) -
         areas = [view[offset : offset + length] for offset, length in BUFFER.iter_unpack(view[tables:start])]
     except struct.error as error:
         raise SegmentError("these bytes are no segment") from error
-    before = _state.classes
+    before = loading.classes
     if classes_length:
-        _state.classes = pickle.loads(view[start : start + classes_length])
+        loading.classes = pickle.loads(view[start : start + classes_length])
         start += classes_length
     try:
         if len(rows) == 1 and rows[0][1]:
@@ -418,7 +319,7 @@ def load_segment(data: Buffer | mmap.mmap, lo: int = 0, hi: int | None = None) -
             return Segment(kind, items if lo == 0 and hi is None else items[lo:hi], bool(flags & HAS_REFS))
         return Segment(kind, _load_chunks(view, start, rows, areas, lo, hi), bool(flags & HAS_REFS))
     finally:
-        _state.classes = before
+        loading.classes = before
 
 
 def _load_chunks(

@@ -271,7 +271,7 @@ class Put(Message, tag=31, frozen=True):
 
 
 class Fetch(Message, tag=32, frozen=True):
-    """Make blob `ref` (hex BLAKE3, size in bytes) readable here; Reply.path names a read-only file that stays for the job."""
+    """Make blob `ref` (hex BLAKE3; size in bytes) readable here; Reply.path: a read-only file that stays for the job."""
 
     id: int
     ref: str

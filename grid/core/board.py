@@ -70,7 +70,7 @@ class Board:
         while len(self._entries) > limits.JOBS_KNOWN_MAX:
             oldest = min(self._entries, key=lambda j: (self._entries[j].live, self._entries[j].heard_s))
             del self._entries[oldest]
-        return True
+        return job in self._entries
 
     def live(self, now_s: float) -> list[tuple[JobId, Entry]]:
         """Jobs that may have work: not over, heard of lately."""

@@ -122,13 +122,16 @@ class TaskFailure(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Completion(msgspec.Struct, array_like=True, frozen=True):
-    """A batch of what a peer finished, in the order it finished. `number` counts a peer's batches for this job."""
+    """A batch of what a peer finished, in the order it finished. `number` counts the batches of one `session`: a peer that
+    was restarted, or left the job and came back, begins a new one.
+    """
 
     job: bytes
     epoch: int
     number: int
     results: tuple[ResultRange, ...]
     failures: tuple[TaskFailure, ...] = ()
+    session: int = 0
 
 
 def check_declaration(signed: Signed, job: bytes, epoch: int, leader: PeerId) -> Declaration:
@@ -156,7 +159,7 @@ def check_grant(signed: Signed, giver: PeerId, to: PeerId, job: bytes, epoch: in
         raise FencedError(f"the grant is of epoch {grant.epoch}, not {epoch}")
     covered: dict[int, list[tuple[int, int]]] = {}
     for segment in sorted(grant.segments, key=lambda s: (s.stage, s.first)):
-        if segment.count <= 0:
+        if segment.count <= 0 or segment.first < 0 or segment.first + segment.count > limits.TASKS_MAX:
             raise RefusedError("a segment without tasks")
         covered.setdefault(segment.stage, []).append((segment.first, segment.first + segment.count))
     works = [Work(*work) for work in grant.works]

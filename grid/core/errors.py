@@ -17,6 +17,12 @@ class RefusedError(GridError):
     code = "refused"
 
 
+class BlobLostError(GridError):
+    """A blob can't be had now: no peer that answers holds it, or there is no room for it."""
+
+    code = "blob_lost"
+
+
 class FencedError(RefusedError):
     """The message belongs to an epoch that is over, or to a peer that does not lead it."""
 

@@ -100,14 +100,15 @@ class Ledger:
             raise RefusedError(f"stage {index} is closed")
         if first != stage.declared:
             raise RefusedError(f"stage {index} goes on at task {stage.declared}, not {first}")
+        if any(count <= 0 or size < 0 for count, size, _ in pieces):
+            raise RefusedError("a segment without tasks")
+        if first + sum(count for count, _, _ in pieces) > limits.TASKS_MAX:
+            raise RefusedError("too many tasks in one stage")
         at = first
         for count, size, refs in pieces:
-            if count <= 0 or size < 0:
-                raise RefusedError("a segment without tasks")
-            stage.segments.add(Segment(at, count, size, refs))
+            if not stage.cancelled:
+                stage.segments.add(Segment(at, count, size, refs))
             at += count
-        if at > limits.TASKS_MAX:
-            raise RefusedError("too many tasks in one stage")
         stage.declared = at
         if stage.cancelled:
             stage.settled.add(first, at)
@@ -129,10 +130,7 @@ class Ledger:
             raise RefusedError(f"stage {index} has {stage.declared} tasks, not [{lo}, {hi})")
         new = stage.settled.add(lo, hi)
         stage.done += sum(b - a for a, b in new)
-        for table in (stage.attempts, stage.lost):
-            if table:
-                for task in [task for task in table if lo <= task < hi]:
-                    del table[task]
+        _forget_failures(stage, lo, hi)
         return new
 
     def fail(self, index: int, function: bytes, task: int, kind: str) -> bool | None:
@@ -152,10 +150,11 @@ class Ledger:
             return True
         stage.settled.add(task, task + 1)
         stage.failed += 1
+        _forget_failures(stage, task, task + 1)
         return False
 
     def attempt(self, index: int, task: int) -> int:
-        """How often the task was begun and failed."""
+        """How often the task was begun and failed; 0 again once it is settled."""
         stage = self.stage(index)
         return stage.attempts.get(task, 0) + stage.lost.get(task, 0)
 
@@ -168,9 +167,20 @@ class Ledger:
                 stage.total = stage.declared
             hi = stage.declared
         lo, hi = max(lo, 0), min(hi, stage.declared)
-        return stage.settled.add(lo, hi) if lo < hi else []
+        if lo >= hi:
+            return []
+        _forget_failures(stage, lo, hi)
+        return stage.settled.add(lo, hi)
 
     def missing(self, index: int) -> list[tuple[int, int]]:
         """Declared tasks that are not settled."""
         stage = self.stage(index)
         return list(stage.settled.gaps(0, stage.declared)) if stage.declared else []
+
+
+def _forget_failures(stage: StageState, lo: int, hi: int) -> None:
+    """Settled tasks need no count of their failures: the tables stay as small as what is under way."""
+    for table in (stage.attempts, stage.lost):
+        if table:
+            for task in range(lo, hi) if hi - lo <= len(table) else [task for task in table if lo <= task < hi]:
+                table.pop(task, None)

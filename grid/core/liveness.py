@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from dht.core.identity import PeerId
 from grid.core import limits
+from grid.core.errors import RefusedError
 from grid.core.ranges import RangeSet
 
 StageRanges = Mapping[int, Iterable[tuple[int, int]]]
@@ -40,11 +41,13 @@ class Claims:
         return sum(ranges.count for ranges in self._held.get(peer, {}).values())
 
     def claim(self, peer: PeerId, held: StageRanges, now_s: float) -> None:
-        """A heartbeat: replaces what the peer claimed before."""
+        """A heartbeat: replaces what the peer claimed before. Raises RefusedError on what is no range of tasks."""
         table: dict[int, RangeSet] = {}
         for stage, ranges in held.items():
             ranges_held = table.setdefault(stage, RangeSet())
             for lo, hi in ranges:
+                if not 0 <= lo < hi <= limits.TASKS_MAX:
+                    raise RefusedError(f"[{lo}, {hi}) is no range of tasks")
                 ranges_held.add(lo, hi)
         self._held[peer] = table
         self._heard_s[peer] = now_s

@@ -110,10 +110,11 @@ class Completed(Message, tag=20, frozen=True):
 
 
 class Accepted(Message, tag=21, frozen=True):
-    """The leader has taken completions up to `number`: their results may be dropped where they were made."""
+    """The leader has taken completions of `session` up to `number`: their results may be dropped where they were made."""
 
     job: bytes
     number: int
+    session: int = 0
 
 
 class Drop(Message, tag=22, frozen=True):
@@ -151,10 +152,13 @@ class Relay(Message, tag=30, frozen=True):
 
 
 class RelayClosed(Message, tag=31, frozen=True):
-    """The child is gone: its unfinished stages are cancelled."""
+    """To the leader: the child is gone, its unfinished stages are cancelled. From the leader: it forgot the child's stages
+    (the connection was lost, or the child broke the protocol: `why`), so the child can only be ended.
+    """
 
     job: bytes
     token: int
+    why: str = ""
 
 
 # ---- questions about jobs --------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ class _Source:
     not_before_s: float = 0.0
     backoff_s: float = limits.STEAL_BACKOFF_S
     asking: bool = False
+    asked_leader: bool = False
     served_s: float = -1.0
 
 
@@ -90,10 +91,9 @@ class Thief:
         if source is None:
             return
         source.asking = False
-        fresh = [hint for hint in hints if hint != source.leader][: limits.HINTS_MAX]
-        had_hints = bool(source.hints)
-        source.hints = fresh
-        if fresh and not had_hints:
+        if source.asked_leader:  # hints of hints are not followed: they could lead round in circles
+            source.hints = [hint for hint in dict.fromkeys(hints) if hint != source.leader][: limits.HINTS_MAX]
+        if source.hints:
             source.not_before_s = now_s
             return
         source.not_before_s = now_s + source.backoff_s * (0.5 + self._rng.random())
@@ -112,6 +112,7 @@ class Thief:
                 wake_s = source.not_before_s if wake_s is None else min(wake_s, source.not_before_s)
                 continue
             source.asking = True
+            source.asked_leader = not source.hints
             victim = source.hints.pop(0) if source.hints else source.leader
             return Ask(job, victim, slots)
         return Wait(wake_s)

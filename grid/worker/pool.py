@@ -1,7 +1,8 @@
 """All children of a peer: spare fork servers, the jobs' processes, and the watch over their memory.
 
 `WorkerPool.run` holds the one nursery in which everything here runs; leaving it kills every child. A job's processes are
-forked by a fork server of its own, never shared between jobs. Spare servers of one environment (mostly the bare one) wait for the next job.
+forked by a fork server of its own, never shared between jobs. Spare servers of one environment (mostly the bare one) wait
+for the next job.
 """
 
 from __future__ import annotations

@@ -69,9 +69,15 @@ class Grid:
         out, err = (stream.buffer.getvalue().decode() for stream in streams.values())  # type: ignore[attr-defined]
         return subprocess.CompletedProcess(words, status, out, err)
 
-    def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+    @contextlib.contextmanager
+    def start(self, *words: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+        """Start a command; it is killed at the latest when the context ends."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
-        return subprocess.Popen([*PROGRAM, *words], text=True, cwd=self.folder, env=self.environment, **options)
+        with subprocess.Popen([*PROGRAM, *words], text=True, cwd=self.folder, env=self.environment, **options) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def json(self, *words: str) -> Any:
         done = self(*words)
@@ -100,8 +106,8 @@ def grid(tmp_path: Path) -> Grid:
 @pytest.fixture
 def peer(grid: Grid) -> Iterator[Grid]:
     """The same, with a peer that runs in the background until the test ends."""
-    process = grid.start("join", "--json", "--listen", "127.0.0.1:0", start_new_session=True, stderr=subprocess.DEVNULL)
-    with process:
+    words = ("join", "--json", "--listen", "127.0.0.1:0")
+    with grid.start(*words, start_new_session=True, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["event"] == "ready"
         yield grid

@@ -295,9 +295,7 @@ async def test_garbage_ends_its_connection_with_a_word(server: Server, data: byt
 async def test_request_over_the_bound(server: Server) -> None:
     with pytest.raises(ControlError, match="is over 1 MiB"):
         await ask(server, "echo", x=bytes(REQUEST_BYTES_MAX))
-    async with await trio.open_unix_socket(str(server.home.path / "control.sock")) as stream:
-        with trio.fail_after(10), pytest.raises(trio.BrokenResourceError):
-            await stream.send_all(struct.pack("<II", 3 << 20, 0) + bytes(64 << 20))
+    assert b"the request is over 1 MiB" in await raw(server, struct.pack("<II", 3 << 20, 0) + bytes(2 << 20))
     assert await ask(server, "echo", x=1) == {"x": 1}
 
 

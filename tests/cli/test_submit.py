@@ -66,8 +66,8 @@ def test_streams_are_kept_apart(peer: Grid) -> None:
 
 def test_stdout_is_verbatim(peer: Grid) -> None:
     text = "\x1b[31mred\x1b[0m\r\n\0ü\x07"
-    process = peer.start("submit", peer.script(["stdout", text], FINISHED))
-    out, _ = process.communicate(timeout=20)
+    with peer.start("submit", peer.script(["stdout", text], FINISHED)) as process:
+        out, _ = process.communicate(timeout=20)
     assert out.encode() == text.replace("\r\n", "\n").encode()  # text mode reads newlines
 
 

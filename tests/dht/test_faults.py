@@ -183,27 +183,21 @@ async def test_a_lookup_finds_a_peer_by_its_id(autojump_clock: MockClock) -> Non
 # "a peer only in the replacement cache is always 'new', each of its replies triggers another store, for ever"
 
 
-async def test_no_store_storm(autojump_clock: MockClock) -> None:
+async def test_no_store_storm(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Protocol.__init__.__kwdefaults__, "k", 2)
+    monkeypatch.setattr("dht.routing.DEPTH_STEP", 1)  # full buckets: most contacts are replacements only
     async with trio.open_nursery() as nursery:
         grid = memory_grid(nursery)
-        await grid.start_all(5)
-        await grid.complete()
+        await grid.start_all(16)
+        await trio.sleep(10)
         for number in range(20):
-            await grid.nodes[0].publish("test", bytes([number]) * 20, b"v", 3_600)
-        await trio.sleep(100)
+            await grid.nodes[0].publish("test", random.Random(number).randbytes(20), b"v", 3_600)
+        await trio.sleep(20)
+        tables = [protocol_of(node).router for node in grid.nodes.values()]
+        assert sum(len(bucket.replacement_nodes) for table in tables for bucket in table.buckets) > 16
         stored = _count_stores(grid)
         await trio.sleep(60)
-        assert stored() == 20 * 4 * 0 or stored() <= 20 * 4  # at most one renewal by the issuer, no handing over
-        for peer in grid.nodes.values():  # replies of a contact that waits among the replacements change nothing
-            protocol = protocol_of(peer)
-            extra = contact(77)
-            protocol.router.buckets[0].replacement_nodes[extra.id] = extra
-        before = stored()
-        for peer in grid.nodes.values():
-            for _ in range(100):
-                protocol_of(peer).rpc.states.of(contact(77).id)
-        await trio.sleep(6)
-        assert stored() <= before + 20 * 4
+        assert 0 < stored() <= 20 * 8 * 3  # the issuer's renewal, and what little the tables' changes ask for
         nursery.cancel_scope.cancel()
 
 

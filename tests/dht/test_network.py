@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import trio
 
@@ -58,6 +60,26 @@ async def test_what_can_not_be_sent_is_lost_and_the_socket_lives() -> None:
     with pytest.raises(trio.ClosedResourceError):
         await socket.send_to(b"x", other.address)
     other.close()
+
+
+@pytest.mark.real
+async def test_a_process_that_was_stopped_does_not_blame_the_others() -> None:
+    """As by SIGSTOP or a long garbage collection: all its waits end late, with the answers already there."""
+    async with trio.open_nursery() as nursery:
+        grid = loopback_grid(nursery)
+        await grid.start_all(3)
+        await grid.complete(5)
+        contacts = grid.nodes[0].contacts()
+        async with trio.open_nursery() as asking:
+            for _ in range(4):
+                for contact in contacts:
+                    asking.start_soon(grid.nodes[0].ask_info, contact, 30.0)
+            for _ in range(8):
+                await trio.lowlevel.checkpoint()
+                time.sleep(0.8)  # noqa: ASYNC251 (the process stands still)
+        assert all(grid.knows(n) == 2 for n in grid.nodes)
+        assert not any(protocol.is_missing(c) for protocol in [grid.nodes[0]._protocol] for c in contacts)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.real

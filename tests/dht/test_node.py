@@ -271,7 +271,7 @@ async def test_nobody_is_dropped_on_a_lossy_network(autojump_clock: MockClock) -
 async def test_with_15_of_50_gone_every_lookup_answers_in_two_seconds(autojump_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         grid = memory_grid(nursery, latency_s=0.01, jitter_s=0.04)
-        await _fifty_minus_fifteen(grid, lookups=50)
+        await _fifty_minus_fifteen(grid, lookups=20)
         assert failures(grid) == 0
         nursery.cancel_scope.cancel()
 
@@ -280,7 +280,7 @@ async def test_with_15_of_50_gone_every_lookup_answers_in_two_seconds(autojump_c
 async def test_with_15_of_50_gone_every_lookup_answers_in_two_seconds_on_loopback() -> None:
     async with trio.open_nursery() as nursery:
         grid = loopback_grid(nursery)
-        await _fifty_minus_fifteen(grid, lookups=35)
+        await _fifty_minus_fifteen(grid, lookups=20)
         assert failures(grid) == 0
         nursery.cancel_scope.cancel()
 
@@ -514,8 +514,8 @@ def test_storage_bounds_an_issuers_share() -> None:
         _put(storage, 0, b"x" * 20)
     _put(storage, 1, b"x" * 20)
     greedy = _storage()
-    room = ISSUER_BYTES_MAX // 1_033  # bytes of such a record
-    for number in range(room):
+    _put(greedy, 0, b"first".ljust(20), value=bytes(900))
+    for number in range(ISSUER_BYTES_MAX // greedy.bytes_held - 1):
         _put(greedy, 0, number.to_bytes(20, "big"), value=bytes(900))
     with pytest.raises(RecordError, match="share"):
         _put(greedy, 0, b"x" * 20, value=bytes(900))
@@ -571,7 +571,7 @@ async def test_any_member_can_admit_after_the_inviter_left(autojump_clock: MockC
             register(await grid.start(number))
         await grid.complete()
         inviter = grid.membership(1)
-        invite, grant = make_invite(inviter, ("h1:4743",), ROLES["worker"], b"", 2, wall_clock(), 3_600, random.Random(5))
+        invite, grant = make_invite(inviter, ("h1:4743",), ROLES["worker"], b"", 2, wall_clock(), 200, random.Random(5))
         assert await publish_grant(grid.nodes[1], grant) == 3
         grid.stop(1)
         admitter = grid.nodes[2]
@@ -585,7 +585,7 @@ async def test_any_member_can_admit_after_the_inviter_left(autojump_clock: MockC
             await spend(grid.nodes[0], grant, identity(52).public)
         with pytest.raises(MembershipError, match="only the inviter"):
             await publish_grant(admitter, grant)
-        await trio.sleep(3_700)
+        await trio.sleep(210)
         assert await find_grant(admitter, invite.key.public) is None
         nursery.cancel_scope.cancel()
 
