@@ -97,7 +97,7 @@ def explain(job: JobArgument, json: Json = False, debug: Debug = False) -> None:
     reasons = list(found.get("reasons", ()))
     for reason in reasons:
         tasks = reason.get("tasks")
-        text = f"{tasks} task{'s' * (tasks != 1)}: " if isinstance(tasks, int) else ""
+        text = f"{tasks} task{'s' * (tasks != 1)}: " if isinstance(tasks, int) and tasks else ""
         console.data(clean(f"{text}{reason.get('text', reason.get('code', jsonlib.dumps(reason)))}"))
     if not reasons:
         console.say("nothing waits")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.console import clean, console, is_terminal, short
+from cli.console import StdoutClosed, clean, console, is_terminal, short
 from cli.errors import UsageError
 from cli.options import Debug, Json
 from grid.api.client import ControlError
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import trio
 
 POLL_INTERVAL_S = 1.0
+LOG_BYTES_MAX = 8 << 20
+"""A larger log of a detached peer is put aside when the next one starts; one old log is kept."""
 FOOTER = "Ctrl-C stops this peer; 'grid invite' prints a line for another machine"
 
 
@@ -107,6 +109,9 @@ def _detach(home: Home, options: JoinOptions) -> None:
 
     with home.lock():
         pass  # an error about a running peer is clearest here
+    with contextlib.suppress(OSError):
+        if home.log.stat().st_size > LOG_BYTES_MAX:
+            home.log.replace(home.log.with_suffix(".log.1"))
     with home.log.open("ab") as log:
         process = start_peer(["--home", str(home.path), *_as_arguments(options)], log)
     assert process.stdin is not None
@@ -167,6 +172,10 @@ class LogReport:
     """What a peer reports, as lines: the paste-ready command on stdout, the rest on stderr with the time."""
 
     def __call__(self, event: Mapping[str, Any]) -> None:
+        with contextlib.suppress(StdoutClosed):  # a peer outlives who read its first line
+            self._report(event)
+
+    def _report(self, event: Mapping[str, Any]) -> None:
         if event.get("event") == "ready":
             if console.json:
                 console.record(event)
@@ -314,8 +323,8 @@ def _leaf(error: BaseException) -> BaseException:
     """Return the one error inside groups that nurseries made of it, in words for people where it is well known."""
     import errno
 
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):  # of several, the one that is meant for people
+        error = next((each for each in error.exceptions if isinstance(each, ControlError)), error.exceptions[0])
     numbers = (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL)
     if isinstance(error, OSError) and error.errno in numbers and error.filename is None:
         what = {errno.EADDRINUSE: "the port is taken", errno.EACCES: "the port may not be used by this user"}

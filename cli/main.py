@@ -49,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     if argv in (["--version"], ["-V"]):
         return _version()
     name = next((word for word in argv if not word.startswith("-")), "")
-    return _run(name, argv)
+    try:
+        return _run(name, argv)
+    except KeyboardInterrupt:  # before there was a command to handle it
+        return 130
 
 
 def _run(name: str, argv: list[str]) -> int:

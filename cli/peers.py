@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import time
 from typing import Annotated
 
 import typer
 
 from cli.console import console, short
 from cli.options import Debug, Json, open_client
-from grid.config import parse_duration
+from grid.config import ConfigError, Home, parse_duration
+
+STOP_TIMEOUT_S = 10.0
+"""For a peer that has answered to end its processes."""
 
 
 class RoleName(enum.StrEnum):
@@ -78,12 +83,22 @@ def leave(
     debug: Debug = False,
 ) -> None:
     """Hand over what only this machine holds, then stop its peer."""
-    _home, client = open_client()
+    home, client = open_client()
     with client:
         for name, data, _body in (stream := client.stream("leave", forget=forget)):
             if name == "note":
                 console.say(str(data.get("text", "")), "dim")
+    _wait_until_free(home)
     if json:
         console.record({"left": True, "forgotten": forget, **(stream.result or {})})
     else:
         console.say("this machine's peer has left" + (" and forgot the grid" if forget else ""))
+
+
+def _wait_until_free(home: Home) -> None:
+    """Wait until the peer's process is gone, so that a `join` typed next finds the home free."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ConfigError), home.lock():
+            return
+        time.sleep(0.02)

@@ -8,20 +8,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cli.attach import Detached, Follower, termination_raises
-from cli.console import console, short
+from cli.console import clean, console, short
 from cli.errors import DETACHED, GRID_FAILED, WRONG_USE, Failure, UsageError, status_of_outcome
 from cli.options import Debug, Json
 from grid.api.client import Client, ControlError, NoPeer
 from grid.config import Home, parse_duration, parse_size
 
 ENVIRONMENT, LIMITS, PLACE, OUTPUT = "What it needs", "Limits and retries", "Where and how it runs", "Output"
+SEED_MAX = (1 << 63) - 1
 MANY_FILES = "Files the job reads, or a pattern; repeatable."
 
 
@@ -58,7 +59,7 @@ def submit(
         bool, typer.Option("--strict", help="Rather wait than go on without a majority.", rich_help_panel=PLACE)
     ] = False,
     verify: Annotated[str | None, typer.Option(metavar="MODE", help="How results are checked.", rich_help_panel=PLACE)] = None,
-    seed: Annotated[int | None, typer.Option(help="Fix the random seeds.", rich_help_panel=PLACE)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=SEED_MAX, help="Fix the random seeds.", rich_help_panel=PLACE)] = None,
     local: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, max=64, help="Use a throwaway grid of N peers here.", rich_help_panel=PLACE),
@@ -67,9 +68,9 @@ def submit(
         bool, typer.Option("--detach", "-d", help="Print the job's id once it is durable, and return.", rich_help_panel=PLACE)
     ] = False,
     name: Annotated[str | None, typer.Option(help="The job's name (default: the script's).", rich_help_panel=PLACE)] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the files of output/ go.", rich_help_panel=OUTPUT)] = Path(
-        "output"
-    ),
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where its files of output/ go (./output).", rich_help_panel=OUTPUT)
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Even over files that grid did not write.", rich_help_panel=OUTPUT)
     ] = False,
@@ -101,9 +102,15 @@ def submit(
         "seed": seed,
         "name": name,
     }
-    job = Job(script, arguments or [], {key: value for key, value in options.items() if value is not None}, stdin, detach)
-    with termination_raises():
-        raise typer.Exit(_submit(job, local, output, overwrite))
+    given = {key: value for key, value in options.items() if value is not None}
+    job = Job(script, arguments or [], given, stdin, detach, output, overwrite)
+    try:
+        with termination_raises():
+            status = _submit(job, local)
+    except KeyboardInterrupt:
+        console.say("interrupted before the job was accepted: nothing runs")
+        status = DETACHED
+    raise typer.Exit(status)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +122,17 @@ class Job:
     options: dict[str, Any]
     stdin: str | None
     detach: bool
+    output: Path | None
+    overwrite: bool
+    notes: list[str] = field(default_factory=list)  # for stderr, below the job's id, which comes first
+
+    def tell_notes(self) -> None:
+        """Say what there is to say."""
+        for note in self.notes:
+            console.say(clean(note), "dim")
 
 
-def _submit(job: Job, local: int | None, output: Path, overwrite: bool) -> int:
+def _submit(job: Job, local: int | None) -> int:
     home = Home.open()
     if local is None:
         try:
@@ -125,30 +140,31 @@ def _submit(job: Job, local: int | None, output: Path, overwrite: bool) -> int:
         except NoPeer:
             if home.joined or job.detach:
                 raise
-            console.say("this machine has joined no grid: running on a throwaway grid of its own", "dim")
+            job.notes.append("this machine has joined no grid: the job runs on a throwaway grid of its own")
             local = 1
         else:
             with client, _staging(home.staging) as staging:
-                return _run(job, home, client, staging, output, overwrite)
+                return _run(job, home, client, staging)
     from cli.local import LocalGrid
 
     with LocalGrid(local) as grid, _staging(grid.staging) as staging:
         submission = _pack(job, staging)  # while the peers start
         grid.ready()
         with Client.open(grid.home) as client:
-            return _follow(job, grid.home, client, submission, output, overwrite, throwaway=True)
+            return _follow(job, grid.home, client, submission, throwaway=True)
 
 
-def _run(job: Job, home: Home, client: Client, staging: Path, output: Path, overwrite: bool) -> int:
+def _run(job: Job, home: Home, client: Client, staging: Path) -> int:
     submission = _pack(job, staging)
     if job.detach:
         stream = client.stream("submit", submission=submission, detach=True)
         for name, data, _body in stream:
             if name == "accepted":
                 _accepted_detached(home, str(data["job"]))
+                job.tell_notes()
                 return 0
         raise ControlError("internal", "the peer ended the stream without accepting the job", "see: grid jobs")
-    return _follow(job, home.path, client, submission, output, overwrite, home=home)
+    return _follow(job, home.path, client, submission, home=home)
 
 
 def _accepted_detached(home: Home, id_: str) -> None:
@@ -164,14 +180,13 @@ def _follow(
     path: Path,
     client: Client,
     submission: Any,
-    output: Path,
-    overwrite: bool,
     *,
     throwaway: bool = False,
     home: Home | None = None,
 ) -> int:
     def accepted(id_: str) -> None:
         console.say(f"job {id_}")
+        job.tell_notes()
         if home is not None:
             home.remember_job(id_)
 
@@ -180,7 +195,8 @@ def _follow(
         outcome = follower.run(client.stream("submit", submission=submission, detach=False), accepted)
         status = status_of_outcome(outcome)
         _tell(outcome, follower.job)
-        _bring_files(follower, output, overwrite, status)
+        output = job.output or Path(submission["options"].get("output") or "output")
+        _bring_files(follower, output, job.overwrite, status)
     except Detached:
         return DETACHED
     finally:
@@ -226,8 +242,8 @@ def _pack(job: Job, staging: Path) -> Any:
     try:
         submission = pack(job.script, job.arguments, options, staging)
     except PackError as error:
-        code, hint = str(getattr(error, "code", "pack")), str(getattr(error, "hint", ""))
-        raise Failure(code, str(error), hint, status=WRONG_USE) from None
+        raise Failure(error.code, error.message, error.hint, status=WRONG_USE) from None
+    job.notes.extend(submission.notes)
     import msgspec
 
     return msgspec.to_builtins(submission, builtin_types=(bytes,))
@@ -237,7 +253,7 @@ def _stdin_file(text: str, staging: Path) -> Path:
     if text != "-":
         if not Path(text).is_file():
             raise UsageError(f"no such file for --stdin: {text}", "")
-        return Path(text)
+        return Path(text).absolute()  # the peer runs in another folder
     path = staging / "stdin"
     with path.open("wb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)

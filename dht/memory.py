@@ -6,9 +6,7 @@ Rules this file keeps:
   nobody listens, and trio's MockClock can jump;
 - every accident (loss, duplication, reordering, jitter) is drawn from the one seeded generator, in the order of sends:
   one seed replays one run;
-- streams behave as TCP's do: ordered, with back-pressure; a close is an EOF, a close with unread input or the death of
-  the process a reset (`trio.BrokenResourceError`), a cut link silence, not an error, and what was sent into it arrives
-  after it heals;
+- streams behave as TCP's do (`dht.memorystream`);
 - every queue is bounded.
 """
 
@@ -25,20 +23,17 @@ from typing import Any
 import trio
 from trio.abc import HalfCloseableStream
 
+from dht.memorystream import MemoryStream, stream_pair
 from dht.network import DATAGRAM_BYTES_MAX, Address, Network
 
 DATAGRAMS_QUEUED_MAX = 4_096
 """Datagrams under way to one socket; more are lost, as in a full kernel buffer."""
-STREAM_BUFFER_BYTES = 256 << 10
-"""Bytes under way in one direction of a stream; then the sender waits."""
 ACCEPT_BACKLOG = 256
 CONNECT_TIMEOUT_S = 127.0
 """How long Linux tries to connect to a host that says nothing."""
 REORDER_DELAY_FACTOR = 10.0
 """A reordered datagram is late by up to so many latencies."""
 FIRST_FREE_PORT = 40_000
-RECEIVE_BYTES = 65_536
-"""What one receive returns at most when the caller names no limit."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class MemoryNetwork:
         self._links: dict[tuple[str, str], Link] = {}
         self._cut: dict[tuple[str, str], None] = {}
         self._hosts: dict[str, MemoryHost] = {}
-        self._changed = trio.Event()
+        self.changed = trio.Event()
 
     def host(self, name: str) -> MemoryHost:
         """The host of this name, made on first use. Its name is the host part of its addresses."""
@@ -112,8 +107,8 @@ class MemoryNetwork:
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self.changed.set()
+        self.changed = trio.Event()
 
     def is_cut(self, a: str, b: str) -> bool:
         """Whether nothing gets from `a` to `b` now."""
@@ -121,9 +116,9 @@ class MemoryNetwork:
 
     async def _until_open(self, a: str, b: str) -> None:
         while self.is_cut(a, b):
-            await self._changed.wait()
+            await self.changed.wait()
 
-    def _delay_s(self, a: str, b: str) -> float:
+    def delay_s(self, a: str, b: str) -> float:
         link = self.link(a, b)
         return link.latency_s + (self._rng.random() * link.jitter_s if link.jitter_s else 0.0)
 
@@ -138,7 +133,7 @@ class MemoryNetwork:
         elif link.duplicate and self._rng.random() < link.duplicate:
             copies = 2
         for _ in range(copies):
-            delay_s = self._delay_s(a, b)
+            delay_s = self.delay_s(a, b)
             if link.reorder and self._rng.random() < link.reorder:
                 delay_s += self._rng.random() * REORDER_DELAY_FACTOR * link.latency_s
             receiver = self._hosts[b]._datagram_sockets.get(target[1])
@@ -161,7 +156,7 @@ class MemoryHost(Network):
         self._next_port = FIRST_FREE_PORT
         self._datagram_sockets: dict[int, MemoryDatagramSocket] = {}
         self._listeners: dict[int, MemoryListener] = {}
-        self._streams: dict[int, MemoryStream] = {}
+        self.streams: dict[int, MemoryStream] = {}
 
     def _port(self, port: int, taken: dict[int, Any]) -> int:
         if self.dead:
@@ -195,19 +190,19 @@ class MemoryHost(Network):
         try:
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 await world._until_open(self.name, name)
-                await trio.sleep(world._delay_s(self.name, name))
+                await trio.sleep(world.delay_s(self.name, name))
                 far = world._hosts[name]
                 listener = far._listeners.get(port)
                 await world._until_open(name, self.name)
                 if listener is None or listener._is_full():
-                    await trio.sleep(world._delay_s(name, self.name))
+                    await trio.sleep(world.delay_s(name, self.name))
                     raise ConnectionRefusedError(errno.ECONNREFUSED, f"nothing listens at {name}:{port}")
-                near_end, far_end = _stream_pair(self, far, self._free_port(), port)
+                near_end, far_end = stream_pair(self, far, self._free_port(), port)
                 listener._arrive(far_end, (self.name, near_end.port))
                 try:
-                    await trio.sleep(world._delay_s(name, self.name))
+                    await trio.sleep(world.delay_s(name, self.name))
                 except BaseException:
-                    near_end._shut(reset=True)
+                    near_end.shut(reset=True)
                     raise
         except trio.TooSlowError:
             raise TimeoutError(errno.ETIMEDOUT, f"{name}:{port} does not answer") from None
@@ -219,8 +214,8 @@ class MemoryHost(Network):
             sock.close()
         for listener in list(self._listeners.values()):
             listener._close()
-        for stream in list(self._streams.values()):
-            stream._shut(reset=True, silent=silent)
+        for stream in list(self.streams.values()):
+            stream.shut(reset=True, silent=silent)
 
 
 class MemoryDatagramSocket:
@@ -298,198 +293,10 @@ class MemoryListener:
         if self._host._listeners.get(self.address[1]) is self:
             del self._host._listeners[self.address[1]]
         for stream, _ in self._queue:
-            stream._shut(reset=True)
+            stream.shut(reset=True)
         self._queue.clear()
         self._arrived.set()
 
     async def aclose(self) -> None:
         self._close()
         await trio.lowlevel.checkpoint()
-
-
-class _Pipe:
-    """One direction of a stream: chunks with their arrival times, then perhaps an end."""
-
-    def __init__(self, world: MemoryNetwork, source: str, target: str) -> None:
-        self.world, self.source, self.target = world, source, target
-        self.chunks: deque[tuple[float, bytes]] = deque()
-        self.waiting_bytes = 0
-        self.last_arrival_s = 0.0
-        self.eof_at_s: float | None = None
-        self.reset_at_s: float | None = None
-        self.dead = False  # the receiving end was shut: nothing is read any more
-        self.changed = trio.Event()
-
-    def wake(self) -> None:
-        self.changed.set()
-        self.changed = trio.Event()
-
-    def arrival_s(self) -> float:
-        at_s = trio.current_time() + self.world._delay_s(self.source, self.target)
-        self.last_arrival_s = max(self.last_arrival_s, at_s)
-        return self.last_arrival_s
-
-    def is_reset(self) -> bool:
-        due = self.reset_at_s is not None and self.reset_at_s <= trio.current_time()
-        return due and not self.world.is_cut(self.source, self.target)
-
-    def next_event_s(self) -> float:
-        """When the receiver should look again; infinity while the link is cut (healing wakes it)."""
-        times = [t for t in (self.eof_at_s, self.reset_at_s) if t is not None]
-        times += [self.chunks[0][0]] if self.chunks else []
-        return min(times, default=float("inf"))
-
-
-def _stream_pair(near: MemoryHost, far: MemoryHost, near_port: int, far_port: int) -> tuple[MemoryStream, MemoryStream]:
-    world = near.world
-    out, back = _Pipe(world, near.name, far.name), _Pipe(world, far.name, near.name)
-    return MemoryStream(near, near_port, back, out), MemoryStream(far, far_port, out, back)
-
-
-class MemoryStream(HalfCloseableStream):
-    """One end of a stream in memory."""
-
-    def __init__(self, host: MemoryHost, port: int, inbound: _Pipe, outbound: _Pipe) -> None:
-        self.port = port
-        self._host = host
-        self._in = inbound
-        self._out = outbound
-        self._closed = False
-        self._broken = False
-        self._sending = False
-        self._receiving = False
-        host._streams[id(self)] = self
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError
-        if self._broken or self._in.is_reset():
-            raise trio.BrokenResourceError("connection reset")
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending")
-        self._sending = True
-        try:
-            await trio.lowlevel.checkpoint()
-            self._check_open()
-            if self._out.eof_at_s is not None:
-                raise trio.ClosedResourceError("send_eof was called")
-            rest = memoryview(bytes(data))
-            while rest:
-                room = STREAM_BUFFER_BYTES - self._out.waiting_bytes
-                if room > 0:
-                    self._push(bytes(rest[:room]))
-                    rest = rest[room:]
-                else:
-                    await self._wait(self._out, self._in.reset_at_s)
-                self._check_open()
-        finally:
-            self._sending = False
-
-    def _push(self, data: bytes) -> None:
-        if self._out.dead and self._out.world.is_cut(self._out.source, self._out.target):
-            self._out.waiting_bytes += len(data)  # into the dark: nothing is acknowledged
-        elif self._out.dead:  # the far end is closed: the data meets nobody and is answered with a reset
-            if self._in.reset_at_s is None:
-                self._in.reset_at_s = self._out.arrival_s() + self._out.world._delay_s(self._in.source, self._in.target)
-                self._in.wake()
-        else:
-            self._out.chunks.append((self._out.arrival_s(), data))
-            self._out.waiting_bytes += len(data)
-            self._out.wake()
-
-    async def _wait(self, pipe: _Pipe, at_s: float | None) -> None:
-        with trio.move_on_at(float("inf") if at_s is None else max(at_s, trio.current_time())):
-            await pipe.changed.wait()
-        await trio.lowlevel.checkpoint()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self._check_open()
-        while self._out.waiting_bytes >= STREAM_BUFFER_BYTES:
-            await self._wait(self._out, self._in.reset_at_s)
-            self._check_open()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        if self._receiving:
-            raise trio.BusyResourceError("another task is receiving")
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be at least 1")
-        self._receiving = True
-        try:
-            await trio.lowlevel.checkpoint()
-            while True:
-                if self._closed:
-                    raise trio.ClosedResourceError
-                data = self._pull(max_bytes or RECEIVE_BYTES)
-                if not data:  # what came before a reset can still be read, as on Linux
-                    self._check_open()
-                if data is not None:
-                    return data
-                await self._wait_input()
-        finally:
-            self._receiving = False
-
-    def _pull(self, max_bytes: int) -> bytes | None:
-        """What has arrived, b"" for the end, None for nothing yet."""
-        pipe, now_s = self._in, trio.current_time()
-        if pipe.world.is_cut(pipe.source, pipe.target):
-            return None
-        got = bytearray()
-        while pipe.chunks and pipe.chunks[0][0] <= now_s and len(got) < max_bytes:
-            at_s, chunk = pipe.chunks.popleft()
-            take = max_bytes - len(got)
-            if len(chunk) > take:
-                pipe.chunks.appendleft((at_s, chunk[take:]))
-            got += chunk[:take]
-        if got:
-            pipe.waiting_bytes -= len(got)
-            pipe.wake()
-            return bytes(got)
-        if not pipe.chunks and pipe.eof_at_s is not None and pipe.eof_at_s <= now_s:
-            return b""
-        return None
-
-    async def _wait_input(self) -> None:
-        pipe = self._in
-        if pipe.world.is_cut(pipe.source, pipe.target):
-            async with trio.open_nursery() as nursery:  # a healed link, or something that happens at this end
-                for event in (pipe.world._changed, pipe.changed):
-                    nursery.start_soon(_first_of, event, nursery.cancel_scope)
-        else:
-            await self._wait(pipe, pipe.next_event_s())
-
-    async def send_eof(self) -> None:
-        await trio.lowlevel.checkpoint()
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending")
-        self._check_open()
-        if self._out.eof_at_s is None:
-            self._out.eof_at_s = self._out.arrival_s()
-            self._out.wake()
-
-    async def aclose(self) -> None:
-        self._shut(reset=bool(self._in.chunks) and self._in.chunks[0][0] <= trio.current_time())
-        await trio.lowlevel.checkpoint()
-
-    def _shut(self, *, reset: bool, silent: bool = False) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._host._streams.pop(id(self), None)
-        self._in.dead = True
-        late = bool(self._in.chunks) and not reset  # arrives after the close: answered with a reset then
-        self._in.chunks.clear()
-        if not silent:
-            if not reset and self._out.eof_at_s is None:
-                self._out.eof_at_s = self._out.arrival_s()
-            if reset or late:
-                self._out.reset_at_s = self._out.arrival_s()
-        self._in.wake()
-        self._out.wake()
-
-
-async def _first_of(event: trio.Event, scope: trio.CancelScope) -> None:
-    await event.wait()
-    scope.cancel()

@@ -105,7 +105,7 @@ class Node:
         try:
             self.address: Address = socket.address
             protocol = self._protocol_at(socket.address)
-            protocol.rpc = Rpc(self.membership, socket, self._rng, protocol.handle)
+            protocol.attach(Rpc(self.membership, socket, self._rng, protocol.handle))
             addresses = [*bootstrap, *(contact.address for contact in self._saved.load())]
             upkeep = Upkeep(protocol, self._tuning, addresses, self.ready)
             self._running = protocol
@@ -203,7 +203,7 @@ class Node:
         protocol = self._protocol
         try:
             if chain:
-                protocol.trust.learn(chain, self.clock())
+                protocol.introductions.trust.learn(chain, self.clock())
             contact = Contact(key, address) if key is not None else await protocol.rpc.probe(address)
             await protocol.call_ping(contact)
         except (Unanswered, MembershipError):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 import trio
@@ -25,7 +24,7 @@ from kademlia.protocol import KademliaProtocol
 from dht.contact import Contact, Target
 from dht.core.codec import CodecError, Struct, decode, encode
 from dht.core.datagram import BODY_BYTES_MAX, Kind, Packet
-from dht.core.membership import Certificate, Chain, Membership, MembershipError
+from dht.core.membership import Chain, Membership, MembershipError
 from dht.core.messages import (
     CERTIFICATES_MAX,
     HOST_CHARS_MAX,
@@ -46,7 +45,7 @@ from dht.core.messages import (
     Welcome,
 )
 from dht.core.records import Record, RecordError, verify_record
-from dht.core.trust import Trust
+from dht.introductions import Introductions
 from dht.network import Address
 from dht.routing import Table
 from dht.rpc import Rpc, Unanswered
@@ -79,14 +78,8 @@ RTT_GAIN = 0.1
 T = TypeVar("T")
 
 
-@dataclass
-class _Introduction:
-    over: trio.Event = field(default_factory=trio.Event)
-    failed: bool = False
-
-
 class Protocol(KademliaProtocol):  # type: ignore[misc]
-    """What this peer says and does; `rpc` is set by whoever opens the socket. `clock` gives unix time in seconds."""
+    """What this peer says and does; `attach` gives it the socket to speak through. `clock` gives unix time in seconds."""
 
     def __init__(
         self,
@@ -102,11 +95,11 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
     ) -> None:
         # not the package's __init__: it makes a table that reads the system's clock
         self.rpc: Rpc
+        self.introductions = Introductions(membership, storage, clock)
         self.router = Table(k, source, trio.current_time)
         self.storage: Storage = storage
         self.source_node: Contact = source
         self.membership = membership
-        self.trust = Trust(membership)
         self.rng = rng
         self.clock = clock
         self.info = info
@@ -118,24 +111,20 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         self._gone_s: OrderedDict[bytes, float] = OrderedDict()
         self.attention = trio.Event()
         self.on_kept: Callable[[bytes], None] = lambda key: None
-        self._introducing: dict[bytes, _Introduction] = {}
 
     def __getattr__(self, name: str) -> NoReturn:
         """The package turns any unknown name into a remote call; here a typing error is one."""
         raise AttributeError(name)
 
+    def attach(self, rpc: Rpc) -> None:
+        """Speak through this socket from now on."""
+        self.rpc = self.introductions.rpc = rpc
+
     # whom we know
 
     def chain_of(self, key: bytes) -> Chain | None:
         """The valid chain of a peer or of the issuer of a held record."""
-        now_s = self.clock()
-        chain = self.trust.chain(key, now_s)
-        if chain is None and (chain := self.storage.chain_of(key)) is not None:
-            try:
-                self.membership.check(chain, now_s)
-            except MembershipError:
-                return None
-        return chain
+        return self.introductions.chain_of(key)
 
     def heard(self, contact: Contact) -> None:
         """A member answered from this address, or asked from it with a token that proves it."""
@@ -225,7 +214,7 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         """Answer a request whose sender's key and address are proven; whether it is a member is decided here."""
         if kind is Kind.HELLO:
             return self.rpc_hello(sender, decode(packet.body, Hello))
-        if self.trust.member(sender.key, self.clock()) is None:
+        if self.introductions.trust.member(sender.key, self.clock()) is None:
             self.rpc.counters["not_a_member"] += 1
             return Kind.WHO, b""
         is_repeated = self.rpc.is_repeated(sender, packet)
@@ -254,10 +243,10 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
     def rpc_hello(self, sender: Contact, hello: Hello) -> tuple[Kind, bytes]:
         """Take in the sender's certificates; show it the chain it wants if it is a member by now."""
         try:
-            self.trust.learn(hello.certificates, self.clock())
+            self.introductions.trust.learn(hello.certificates, self.clock())
         except MembershipError:
             self.rpc.counters["bad_certificate"] += 1
-        if self.trust.member(sender.key, self.clock()) is None:
+        if self.introductions.trust.member(sender.key, self.clock()) is None:
             return Kind.WHO, b""
         chain = self.chain_of(hello.want) or ()
         return Kind.ANSWER, encode(Welcome(chain[hello.offset : hello.offset + CERTIFICATES_MAX], len(chain)))
@@ -341,13 +330,13 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
     async def _call(self, contact: Contact, kind: Kind, body: bytes) -> bytes:
         if contact.id == self.source_node.id:
             raise Unanswered("that is this peer itself")
-        if self.trust.member(contact.key, self.clock()) is None:
-            await self.introduce(contact)
+        if self.introductions.trust.member(contact.key, self.clock()) is None:
+            await self.introductions.introduce(contact)
         for _ in range(INTRODUCTIONS_MAX):
             packet = await self.rpc.ask(contact, kind, body)
             if packet.kind == Kind.ANSWER:
                 return packet.body
-            await self.introduce(contact)
+            await self.introductions.introduce(contact)
         raise Unanswered("the peer does not take us for a member")
 
     async def _ask_for(self, contact: Contact, kind: Kind, body: Struct, type_: type[T]) -> T:
@@ -357,60 +346,6 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         except CodecError as error:
             self.rpc.counters["malformed"] += 1
             raise Unanswered(f"a malformed answer: {error}") from None
-
-    async def introduce(self, contact: Contact) -> None:
-        """Show a contact our certificates and learn its own. Raises `Unanswered` unless both are members then."""
-        while (going_on := self._introducing.get(contact.id)) is not None:
-            await going_on.over.wait()
-            if going_on.failed:
-                raise Unanswered("the peer did not answer another task either")
-            if self.trust.member(contact.key, self.clock()) is not None:
-                return
-        introduction = self._introducing[contact.id] = _Introduction()
-        try:
-            if not self.rpc.has_token(contact):
-                found = await self.rpc.probe(contact.address)  # small: nobody is sent certificates at a false address
-                if found.id != contact.id:
-                    raise Unanswered("another peer is at that address")
-            await self._push(contact, self.membership.chain)
-            await self._pull(contact, contact.key)
-        except Unanswered:
-            introduction.failed = True
-            raise
-        finally:
-            del self._introducing[contact.id]
-            introduction.over.set()
-
-    async def _push(self, contact: Contact, chain: Sequence[Certificate]) -> None:
-        """Send a chain root-first, so that the other side can verify each certificate as it comes."""
-        for start in range(0, len(chain), CERTIFICATES_MAX):
-            hello = Hello(tuple(chain[start : start + CERTIFICATES_MAX]), contact.key)
-            packet = await self.rpc.ask(contact, Kind.HELLO, encode(hello))
-            if packet.kind == Kind.ANSWER and start == 0:
-                self._learn(packet.body)
-        if packet.kind != Kind.ANSWER:
-            raise Unanswered("the peer does not take us for a member")
-
-    def _learn(self, body: bytes) -> int:
-        """Take in a `Welcome`; returns the length of the whole chain. Raises `Unanswered` when it isn't one."""
-        try:
-            welcome = decode(body, Welcome)
-            self.trust.learn(welcome.certificates, self.clock())
-        except (CodecError, MembershipError) as error:
-            self.rpc.counters["bad_certificate"] += 1
-            raise Unanswered(f"a stranger: {error}") from None
-        return welcome.length
-
-    async def _pull(self, contact: Contact, key: bytes) -> None:
-        """Fetch the chain of `key` from a contact, unless it is known by now."""
-        offset = 0
-        while self.trust.member(key, self.clock()) is None:
-            packet = await self.rpc.ask(contact, Kind.HELLO, encode(Hello((), key, offset)))
-            if packet.kind != Kind.ANSWER:
-                raise Unanswered("the peer does not take us for a member")
-            offset += CERTIFICATES_MAX
-            if self._learn(packet.body) <= offset and self.trust.member(key, self.clock()) is None:
-                raise Unanswered("no certificate")
 
     async def call_ping(self, node_to_ask: Contact) -> None:
         await self.call(node_to_ask, Kind.PING, encode(Ping(self.advertise)))
@@ -433,7 +368,7 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
             chain = self.chain_of(record.issuer)
             if chain is None:
                 return False
-            await self._push(node_to_ask, chain)
+            await self.introductions.push(node_to_ask, chain)
             stored = await self._ask_for(node_to_ask, Kind.STORE, Store(record), Stored)
         return stored.status in (STORED, STALE)
 
@@ -446,7 +381,7 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
             verify_record(self.membership.grid, record, self.clock())
             self.storage.check_value(record)
             if self.chain_of(record.issuer) is None:
-                await self._pull(source, record.issuer)
+                await self.introductions.pull(source, record.issuer)
         except (RecordError, Unanswered):
             self.rpc.counters["disbelieved_record"] += 1
             return False

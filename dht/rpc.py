@@ -38,7 +38,7 @@ RTTS_PER_WAIT = 2.0
 """The first wait is at least so many of the peer's smoothed round trips; the others grow with it."""
 RTT_S_MAX = 2.0
 """Longer round trips are not believed: a liar must not make us wait for ever."""
-LATE_S = 1e9
+LATE_S = 0.1
 """A wait that ends so much later than it should was ours to miss (a busy or stopped process): the answer may be in the
 socket already, so it is waited for once more."""
 RETRIES_MAX = 2

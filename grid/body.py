@@ -125,6 +125,13 @@ class Spool:
             shutil.copyfile(path, name)
         return name
 
+    def own(self, body: FileSlice) -> FileSlice:
+        """The same bytes in a file of their own; the slice is released. Raises OSError."""
+        file = self.write("copy", read(body))
+        file.owners = 1
+        release(body)
+        return FileSlice(file, 0, body.length)
+
     def as_file(self, body: Body) -> str:
         """The path of a file that holds just this body; written if need be (then the caller unlinks it, or the job's end)."""
         if isinstance(body, FileSlice) and body.whole:

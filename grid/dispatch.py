@@ -24,7 +24,6 @@ from grid.core.messages import (
     Accepted,
     Answer,
     Ask,
-    ChunkHashes,
     Claims,
     Completed,
     Drop,
@@ -39,7 +38,6 @@ from grid.core.messages import (
     Relay,
     RelayClosed,
     Renew,
-    Renewed,
     Steal,
     decode,
     encode,
@@ -143,7 +141,7 @@ class Dispatch:
         try:
             return encode(await self._request(peer, decode(message)))
         except ControlError as error:
-            raise RemoteError(error.code, str(error)) from None
+            raise RemoteError(error.code, f"{error.message}\n{error.hint}") from None
         except BAD as error:
             self.counters[type(error).__name__] += 1
             raise RemoteError(getattr(error, "code", "refused"), str(error)) from None
@@ -158,8 +156,8 @@ class Dispatch:
                 return Holders(tuple(found))
             case Ask(method=method, params=params):
                 return await self._ask(peer, method, json.loads(params))
-            case ChunkHashes() | Renew():
-                return Renewed(b"")
+            case Renew():
+                return self._peer.renewal.answer(peer)
             case _:
                 raise RefusedError(f"{type(message).__name__} is no request")
 

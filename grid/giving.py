@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 SEGMENTS_MAX = 512
 """Segments of one grant: their table stays under 50 KiB."""
+STAGE_BYTES = 512
+"""A signed declaration of a stage, about."""
+REF_BYTES = 40
+"""A blob that a segment's tasks will read, as it is named in a grant."""
+KNOWN_RANGES_MAX = 64
+"""Ranges of stages that a thief may say it knows."""
 
 Declare = Callable[[int], Signed]
 
@@ -63,9 +69,11 @@ class Giver:
         except BaseException:
             self._return(number)
             raise
-        if number not in self._given:  # taken back meanwhile
+        given = self._given.get(number)
+        if give is None or given is None:  # settled or taken back meanwhile
+            self._given.pop(number, None)
             return None
-        return give, works
+        return give, given.works
 
     def taken(self, thief: PeerId, number: int) -> list[Work]:
         """The thief has it: returns what is the thief's now."""
@@ -89,7 +97,9 @@ class Giver:
     def _return(self, number: int) -> None:
         given = self._given.pop(number, None)
         if given is not None:
-            self._site.push(given.works, head=True)
+            for work in reversed(given.works):
+                self._site.put_back(work)
+            self._site.workshop.pump()
 
     def _take(self, steal: Steal) -> list[Work]:
         site = self._site
@@ -100,20 +110,21 @@ class Giver:
 
         works = site.deque.steal_tail(site.seconds_per_task, 0.5, self._boundary, wanted=wanted)
         kept: list[Work] = []
+        stages: set[int] = set()
         count = size = 0
         for at, work in enumerate(works):
-            segments = site.stages[work.stage].segments.overlapping(work.lo, work.hi)
-            for segment in segments:
+            if work.stage not in stages:
+                stages.add(work.stage)
+                body = site.functions[site.stages[work.stage].fn]
+                size += STAGE_BYTES + (min(bodies.size_of(body), limits.SEGMENT_INLINE_BYTES) if body is not None else 0)
+            for segment, part in site.pieces(work):
                 count += 1
-                size += min(segment.size, limits.SEGMENT_INLINE_BYTES)
-                if count > SEGMENTS_MAX or (size > limits.GRANT_BYTES_MAX and count > 1):
-                    cut = max(work.lo, segment.first)
-                    if work.lo < cut:
-                        kept.append(Work(work.stage, work.lo, cut))
-                    for rest in [Work(work.stage, cut, work.hi), *works[at + 1 :]]:
+                size += min(segment.size, limits.SEGMENT_INLINE_BYTES) + REF_BYTES * len(segment.refs)
+                if count > SEGMENTS_MAX or (size > limits.GRANT_BYTES_MAX and kept):
+                    for rest in [Work(work.stage, part.lo, work.hi), *works[at + 1 :]]:
                         self._push_back(rest)
                     return kept
-            kept.append(work)
+                _append(kept, part)
         return kept
 
     def _push_back(self, work: Work) -> None:
@@ -128,22 +139,26 @@ class Giver:
             return index
         return segment.first
 
-    async def _pack(self, thief: PeerId, steal: Steal, number: int, works: list[Work]) -> Give:
+    async def _pack(self, thief: PeerId, steal: Steal, number: int, taken: list[Work]) -> Give | None:
         site = self._site
-        known = {stage for lo, hi in steal.known_stages for stage in range(lo, min(hi, lo + limits.DECLARATIONS_KEPT_MAX))}
         refs: list[SegmentRef] = []
         inline: list[bytes] = []
-        for work in works:
-            stage = site.stages[work.stage]
-            for segment in stage.segments.overlapping(work.lo, work.hi):
-                ref, data = await self._segment(work.stage, segment)
-                refs.append(ref)
-                inline.append(data)
+        works: list[Work] = []
+        for work in taken:
+            for segment, part in site.pieces(work):
+                packed = await self._segment(work.stage, segment)
+                if packed is not None:
+                    refs.append(packed[0])
+                    inline.append(packed[1])
+                    _append(works, part)
+        if not works or number not in self._given:
+            return None
+        self._given[number].works = works
         stages = sorted({work.stage for work in works})
         declarations: list[Signed] = []
         functions: dict[bytes, bytes] = {}
         for index in stages:
-            if index in known:
+            if any(lo <= index < hi for lo, hi in steal.known_stages[:KNOWN_RANGES_MAX]):
                 continue
             signed = self._declare(index)
             declarations.append(signed)
@@ -167,10 +182,10 @@ class Giver:
         grant = Grant(self._data.job, self._epoch, thief, number, ranges, tuple(refs), attempts, paces)
         return Give(sign(grant, GRANT_DOMAIN, self._identity), tuple(declarations), tuple(functions.items()), tuple(inline))
 
-    async def _segment(self, stage: int, segment: Segment) -> tuple[SegmentRef, bytes]:
+    async def _segment(self, stage: int, segment: Segment) -> tuple[SegmentRef, bytes] | None:
         held = self._site.stages[stage].held.get(segment.first)
-        if held is None:  # settled meanwhile; the thief finds its tasks done
-            return SegmentRef(stage, segment.first, segment.count, bytes(32), 0, ()), b""
+        if held is None:  # settled meanwhile
+            return None
         if not held.blob:
             assert held.body is not None
             if segment.size <= limits.SEGMENT_INLINE_BYTES:
@@ -181,6 +196,14 @@ class Giver:
         if segment.size <= limits.SEGMENT_INLINE_BYTES and held.body is not None:
             data = bodies.read(held.body)
         return SegmentRef(stage, segment.first, segment.count, held.blob, segment.size, segment.refs), data
+
+
+def _append(works: list[Work], part: Work) -> None:
+    """Add a part, to the last range where it continues that."""
+    if works and works[-1].stage == part.stage and works[-1].hi == part.lo:
+        works[-1] = Work(part.stage, works[-1].lo, part.hi)
+    else:
+        works.append(part)
 
 
 def declaration_of(site: Site, job: bytes, epoch: int, stage: int, name: str) -> Declaration:

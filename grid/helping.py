@@ -18,7 +18,7 @@ from dht.core.identity import BadSignature, Identity, PeerId
 from grid.bell import Bell
 from grid.core import limits
 from grid.core.board import Board, Entry
-from grid.core.errors import GridError
+from grid.core.errors import BlobLostError, GridError, in_one_line
 from grid.core.job import JobId
 from grid.core.messages import Claims, FindBlob, Give, Holders, Nothing, Steal, decode, encode
 from grid.core.stealing import Ask, Thief
@@ -165,6 +165,9 @@ class Helping:
         if entry is None or not entry.live:
             self.over(ask.job)
             return False, ()
+        if trio.current_time() - entry.heard_s > limits.JOB_FORGET_S:
+            self._thief.job_gone(ask.job)  # until there is news of it again
+            return False, ()
         helper = self.jobs.get(ask.job)
         if helper is not None and helper.remote is not None:
             question = helper.remote.ask(ask.slots)
@@ -177,7 +180,8 @@ class Helping:
             return False, ()
         began_s = trio.current_time()
         helper = await self._open(ask.job, entry)
-        if helper.remote is None or trio.current_time() - began_s > GRANT_AGE_S_MAX:
+        late = trio.current_time() - began_s > GRANT_AGE_S_MAX
+        if helper.remote is None or late or self.jobs.get(ask.job) is not helper:
             return False, ()
         await helper.remote.take(ask.victim, answer)
         return True, ()
@@ -198,25 +202,20 @@ class Helping:
             with helper.scope:
                 await self._serve(job, entry, helper)
         except Exception as error:  # the job's own trouble here: its leader is told, this peer goes on
-            reason = str(error) or type(error).__name__
-            log.warning("job %s can't run here: %s", job.hex()[:8], reason)
-            self._unfit(job, entry, reason)
-        except BaseExceptionGroup as group:
-            rest = group.split(Exception)[1]
-            if rest is not None:
-                raise
-            log.exception("job %s", job.hex()[:8])
-            self._unfit(job, entry, "an error on this peer: see its log")
+            reason = in_one_line(error)
+            log.warning("job %s can't run here: %s", job.hex()[:8], reason, exc_info=error)
+            self._unfit(job, entry, reason, lasting=not _passing(error))
         finally:
             helper.ready.set()
             self.jobs.pop(job, None)
             self._services.workshop.pump()
 
-    def _unfit(self, job: JobId, entry: Entry, reason: str) -> None:
-        self.unfit[job] = reason
-        while len(self.unfit) > limits.JOBS_KNOWN_MAX:
-            self.unfit.pop(next(iter(self.unfit)))
-        self._thief.job_gone(job)
+    def _unfit(self, job: JobId, entry: Entry, reason: str, lasting: bool = True) -> None:
+        if lasting:
+            self.unfit[job] = reason
+            while len(self.unfit) > limits.JOBS_KNOWN_MAX:
+                self.unfit.pop(next(iter(self.unfit)))
+            self._thief.job_gone(job)
         self._post.post(entry.leader, Claims(job, entry.news.epoch, (), 0, 0, (), reason[: limits.TEXT_MAX]))
 
     async def _serve(self, job: JobId, entry: Entry, helper: Helper) -> None:
@@ -258,3 +257,10 @@ class Helping:
             if trio.current_time() - heard_s > limits.JOB_FORGET_S:
                 self._thief.job_gone(job)
                 return
+
+
+def _passing(error: BaseException) -> bool:
+    """It may go well the next time: a blob could not be fetched, its holder not be reached."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_passing(each) for each in error.exceptions)
+    return isinstance(error, TransportError | BlobLostError | trio.TooSlowError)

@@ -14,6 +14,8 @@ import trio
 
 from dht.core.identity import PeerId
 from grid.api import wire
+from grid.blobs.blob import BadBlob, BlobMissing, BlobUnavailable, StoreFull
+from grid.core.errors import BlobLostError
 from grid.core.job import BlobRef, JobId
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from grid.blobs.inputs import InputTree
     from grid.blobs.store import BlobStore
 
+BLOB_ERRORS = (BlobUnavailable, BlobMissing, BadBlob, StoreFull)
 FindHolders = Callable[[bytes], Awaitable[Sequence[PeerId]]]
 
 
@@ -54,7 +57,10 @@ class JobData:
         if self._fetcher is None:
             raise FileNotFoundError(f"no peer holds blob {blob.hex()[:12]}")
         known = list(holders) or list(await self._find(blob))
-        path = await self._fetcher.fetch(name, size, known, more_holders=self._find)
+        try:
+            path = await self._fetcher.fetch(name, size, known, more_holders=self._find)
+        except BLOB_ERRORS as error:
+            raise BlobLostError(str(error)) from error
         self.fetched.append(blob)
         return path
 
@@ -63,10 +69,13 @@ class JobData:
         return await trio.Path(await self.path(ref.id, ref.size, holders)).read_bytes()
 
     async def put(self, path: str, data: bytes, durable: bool = False) -> bytes:
-        """Store a child's bytes (or the file it wrote); returns the blob's name."""
-        if path:
-            return bytes(await self.store.adopt(Path(path), durable=durable, owner=self.owner))
-        return bytes(await self.store.put(data, durable=durable, owner=self.owner))
+        """Store a child's bytes (or the file it wrote); returns the blob's name. Raises GridError or OSError."""
+        try:
+            if path:
+                return bytes(await self.store.adopt(Path(path), durable=durable, owner=self.owner))
+            return bytes(await self.store.put(data, durable=durable, owner=self.owner))
+        except StoreFull as error:
+            raise BlobLostError(str(error)) from error
 
     async def serve(self, post: Callable[[wire.ToChild], None], message: wire.Message, data: bytes) -> None:
         """Answer one request of a child."""

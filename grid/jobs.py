@@ -7,6 +7,7 @@ its outcome from before anyone is told; a job whose leader stopped without an ou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -95,7 +96,10 @@ class Jobs:
         """Move a final job to the archive."""
         assert lead.view.outcome is not None
         shown = lead.describe()
-        write_record(lead.folder / "shown.json", json.dumps(shown).encode())
+        try:
+            write_record(lead.folder / "shown.json", json.dumps(shown).encode())
+        except OSError as error:  # a full disk costs what `show` tells after a restart, not this peer
+            log.warning("job %s: its summary can't be written: %s", lead.job.hex()[:8], error)
         archived = Archived(lead.job, lead.spec, lead.view.outcome, lead.folder, shown)
         archived.view.prints = lead.view.prints
         self.archived[lead.job] = archived
@@ -128,8 +132,9 @@ class Jobs:
             raise ControlError("ambiguous-job", f"{prefix!r} may be {names}", "type more of the id")
         if found:
             return found[0]
-        if len(prefix) == 64:
-            return JobId(bytes.fromhex(prefix))
+        with contextlib.suppress(ValueError):
+            if len(prefix) == 64:
+                return JobId(bytes.fromhex(prefix))
         raise ControlError("unknown-job", f"no job {prefix!r} is known here", "list jobs with: grid jobs")
 
     # ---- asking ----
@@ -147,7 +152,8 @@ class Jobs:
         try:
             answer = decode(await self._mesh.request(entry.leader, question, wait_s))
         except RemoteError as error:
-            raise ControlError(error.code, str(error)) from None
+            message, _, hint = str(error).partition("\n")
+            raise ControlError(error.code, message, hint) from None
         except (TransportError, codec.CodecError, trio.TooSlowError) as error:
             hint = "if that machine is gone, submit the job again"
             raise ControlError(

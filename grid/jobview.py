@@ -7,6 +7,7 @@ so a follower survives the loss of its peer's connection. Rules: logs and prints
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from grid.core.job import FINAL, PENDING, Outcome
 
 CHUNK_BYTES_MAX = 256 << 10
 """Bytes of one answer."""
+PRINT_ENTRY_BYTES = 64
+"""What one print costs beside its bytes: many tiny ones are bounded too."""
 PROGRESS_S = 0.2
 """Progress alone ends a poll only after this time: it may change thousands of times a second."""
 
@@ -60,18 +63,17 @@ class Prints:
     def add(self, peer: PeerId, stage: int, index: int, fd: int, data: bytes) -> None:
         """One task's output, in order of arrival."""
         self._lines.append((peer, stage, index, fd, data))
-        self._bytes += len(data)
+        self._bytes += len(data) + PRINT_ENTRY_BYTES
         self.next += 1
         while self._bytes > limits.PRINT_BYTES_MAX and len(self._lines) > 1:
-            self._bytes -= len(self._lines.popleft()[4])
+            self._bytes -= len(self._lines.popleft()[4]) + PRINT_ENTRY_BYTES
 
     def after(self, number: int, size: int) -> tuple[list[tuple[PeerId, int, int, int, bytes]], int]:
         """Entries from `number` on, up to `size` bytes; and the number after them."""
         first = self.next - len(self._lines)
         start = max(number, first)
         taken: list[tuple[PeerId, int, int, int, bytes]] = []
-        for at in range(start - first, len(self._lines)):
-            entry = self._lines[at]
+        for entry in islice(self._lines, start - first, None):
             if taken and size < len(entry[4]):
                 break
             size -= len(entry[4])

@@ -31,6 +31,9 @@ from grid.producer import Item, Producer
 from grid.site import Site
 from grid.siteworker import SiteWorker
 
+OVERFLOW_RANGES_MIN = 1024
+"""Ranges in the deque below which what did not fit into it moves in: one range can't bring it over its bound then."""
+
 
 @dataclass(slots=True)
 class PeerTally:
@@ -71,7 +74,8 @@ class Leader:
         self._print = printed
         self._worked = worked
         self.functions: dict[bytes, Body] = {}
-        self.settled_listeners: list[Callable[[int, int, int], None]] = []
+        self.cancelled_listeners: list[Callable[[int, int, int], None]] = []
+        self.throttled: set[Producer] = set()
         self.giving: list[Work] = []
 
     def changed(self) -> None:
@@ -112,11 +116,12 @@ class Leader:
     ) -> None:
         """Declare a page's tasks and queue them."""
         lo, hi = self.ledger.add_segments(stage.index, first, pieces)
+        if lo == hi or stage.cancelled:
+            bodies.release(body)
+            return
         total = bodies.size_of(body)
         if isinstance(body, bytes) and self._argument_memory + total > limits.ARGUMENT_MEMORY_BYTES_MAX:
             body = FileSlice(self.spool.write("page", body), 0, total)
-        if lo == hi or stage.cancelled:
-            return
         offset = 0
         if isinstance(body, FileSlice):
             body.file.owners = len(pieces)
@@ -165,14 +170,14 @@ class Leader:
         try:
             self.relay_from(worker, post, message, body)
         except RefusedError as error:
-            worker.child.kill(str(error))
+            worker.end(str(error))
 
     def relay_closed(self, worker: SiteWorker) -> None:
         """See `Uplink.relay_closed`."""
         self.close_child(worker)
 
     def returned(self, stage: int, lo: int, hi: int) -> None:
-        """See `Uplink.returned`: the own site holds every segment, so a missing one is a cancelled stage's."""
+        """See `Uplink.returned`: nothing to do. What has no segment any more is settled, the rest the next sweeps requeue."""
 
     # ---- from anywhere ----
 
@@ -195,10 +200,12 @@ class Leader:
         if producer is not None:
             producer.close()
 
-    def close_children(self, which: Callable[[object], bool]) -> None:
-        """Close the producers whose keys match: their peer is gone."""
-        for key in [key for key in self._children if which(key)]:
+    def close_children(self, which: Callable[[object], bool]) -> list[object]:
+        """Close the producers whose keys match: their peer is gone. Returns the keys."""
+        keys = [key for key in self._children if which(key)]
+        for key in keys:
             self.close_child(key)
+        return keys
 
     def complete(self, peer: PeerId, index: int, function: bytes, lo: int, hi: int, first: int, body: Body) -> int:
         """A peer finished tasks [lo, hi). Returns how many of them were new. Raises RefusedError."""
@@ -239,6 +246,8 @@ class Leader:
         """Tasks [lo, hi) (hi = -1: all) are no longer wanted."""
         stage = self.ledger.stage(index)
         for a, b in self.ledger.cancel(index, lo, hi):
+            for listener in self.cancelled_listeners:
+                listener(index, a, b)
             self._owners[index].settle(stage, a, b, Item())
             self._settled(stage, a, b, elsewhere=True)
         self.changed()
@@ -247,8 +256,6 @@ class Leader:
         if elsewhere:
             self.site.drop(stage.index, lo, hi)
         self.claims.settle(stage.index, lo, hi)
-        for listener in self.settled_listeners:
-            listener(stage.index, lo, hi)
         table = self.site.stages[stage.index].held
         for segment in stage.segments.overlapping(lo, hi):
             held = table.get(segment.first)
@@ -257,8 +264,13 @@ class Leader:
                 if held.body is not None:
                     self._argument_memory -= bodies.memory_of(held.body)
                 self.site.forget(stage.index, segment.first, segment.end)
-        while self._overflow and len(self.site.deque) < 1024:
-            self.site.push([self._overflow.popleft()])
+                stage.segments.remove(segment.first)
+        while self._overflow and len(self.site.deque) < OVERFLOW_RANGES_MIN:
+            index, a, b = self._overflow.popleft()
+            self.site.push([Work(index, *part) for part in self.ledger.stage(index).settled.gaps(a, b)])
+        if self.throttled:
+            for producer in list(self.throttled):
+                producer.relax()
 
     # ---- housekeeping ----
 
@@ -290,7 +302,12 @@ def post_body(
         bodies.release(body)
         return
     assert isinstance(message, wire.Result)
-    path = spool.as_file(body)
-    if isinstance(body, FileSlice) and path != body.file.path:
+    if isinstance(body, FileSlice) and body.whole:
+        mine = body.file.owned and body.file.owners <= 1  # else others need it: a result of which only parts were new
+        path = body.file.path if mine else spool.link(body.file.path)
+        if not mine:
+            bodies.release(body)
+    else:
+        path = spool.as_file(body)
         bodies.release(body)
     post(wire.Result(message.stage, message.lo, message.hi, path, message.first), b"")

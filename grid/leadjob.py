@@ -24,7 +24,7 @@ from grid.api import wire
 from grid.body import Body
 from grid.core import limits
 from grid.core.bundle import StageOptions
-from grid.core.errors import GridError, RefusedError
+from grid.core.errors import GridError, RefusedError, in_one_line
 from grid.core.job import (
     CANCELLED,
     FAILED,
@@ -94,12 +94,7 @@ class LeadJob:
                 outcome = await self._run()
         except Exception as error:  # a fault of ours or of the disk is the job's outcome, not the peer's end
             log.exception("job %s", self.job.hex()[:8])
-            outcome = Outcome(FAILED, None, f"{type(error).__name__}: {error}")
-        except BaseExceptionGroup as group:
-            log.exception("job %s", self.job.hex()[:8])
-            outcome = Outcome(FAILED, None, _one_line(group))
-            if group.split(Exception)[1] is not None:
-                raise
+            outcome = Outcome(FAILED, None, in_one_line(error))
         finally:
             self._finish(outcome)
 
@@ -141,7 +136,11 @@ class LeadJob:
             signal=outcome.signal,
             code=outcome.code or ("failed" if outcome.error else ""),
         )
-        write_record(self.folder / "outcome", codec.encode(outcome))
+        try:
+            write_record(self.folder / "outcome", codec.encode(outcome))
+        except OSError as error:  # what can't be kept must not be told: after a restart it would read otherwise
+            why = f"the job's outcome can't be written: {in_one_line(error)}"
+            outcome = Outcome(FAILED, None, why, outcome.ended_s, (), outcome.stdout_bytes, outcome.stderr_bytes, code="disk")
         view.finish(outcome)
         self.news()
 
@@ -395,13 +394,6 @@ def _walk(folder: Path) -> list[tuple[str, int]]:
             if path.is_file() and not path.is_symlink():
                 found.append((str(path.relative_to(folder)), path.stat().st_size))
     return sorted(found)
-
-
-def _one_line(group: BaseExceptionGroup[BaseException]) -> str:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"
 
 
 __all__ = ["CANCELLED", "LeadJob", "describe", "serve_driver", "write_record"]

@@ -7,6 +7,7 @@ lost runs again (see `grid.core.liveness`).
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ from grid.core.messages import (
     RelayClosed,
     Steal,
 )
+from grid.core.ranges import RangeSet
 from grid.giving import Giver, declaration_of
 from grid.jobdata import JobData
 from grid.leader import Leader, PeerTally
@@ -54,6 +56,11 @@ FETCHES_MAX = 16
 """Large results fetched from thieves at once."""
 BLOBS_WATCHED_MAX = 4_096
 """Blobs whose holders are remembered."""
+SESSIONS_MAX = 4_096
+"""Peers' sessions whose batches are remembered; of those longest silent a batch may be counted as executed twice."""
+DROP_RANGES_MAX = 4_096
+"""Ranges in one Drop: about 64 KiB."""
+log = logging.getLogger(__name__)
 
 
 class Outreach:
@@ -73,12 +80,12 @@ class Outreach:
         self._nursery = nursery
         self._declarations: dict[int, Signed] = {}
         self._thieves: OrderedDict[PeerId, None] = OrderedDict()
-        self._taken: dict[PeerId, _Taken] = {}
+        self._taken: OrderedDict[tuple[PeerId, int], _Taken] = OrderedDict()
         self._fetches = trio.Semaphore(FETCHES_MAX)
         self._holders: OrderedDict[bytes, list[PeerId]] = OrderedDict()
         self._helpers: dict[PeerId, tuple[int, int]] = {}
-        leader.settled_listeners.append(self._settled)
-        self._settled_now: dict[int, list[tuple[int, int]]] = {}
+        self._cancelled: dict[int, RangeSet] = {}
+        leader.cancelled_listeners.append(self._on_cancel)
 
     # ---- stealing ----
 
@@ -134,6 +141,7 @@ class Outreach:
         match message:
             case GrantTaken(number=number):
                 works = self.giver.taken(peer, number)
+                self.leader.claims.grant(peer, works, trio.current_time())  # a heartbeat sent before may have come since
                 self.leader.tallies.setdefault(peer, PeerTally()).stolen += sum(work.hi - work.lo for work in works)
             case Claims():
                 self._claims(peer, message)
@@ -179,9 +187,9 @@ class Outreach:
         signer, completion = open_signed(signed, COMPLETION_DOMAIN, Completion)
         if signer != peer or completion.job != self._job:
             raise RefusedError("a completion that is not its sender's, or of another job")
-        taken = self._taken.setdefault(peer, _Taken())
+        taken = self._session(peer, completion.session)
         if not taken.begin(completion.number):
-            self._acknowledge(peer, taken)
+            self._acknowledge(peer, completion.session, taken)
             return
         large: list[ResultRange] = []
         for result in completion.results:
@@ -193,29 +201,48 @@ class Outreach:
             self._fail(peer, failure)
         if not large:
             taken.end(completion.number)
-            self._acknowledge(peer, taken)
+            self._acknowledge(peer, completion.session, taken)
             return
         await self._fetches.acquire()
-        self._nursery.start_soon(self._fetch_results, peer, taken, completion.number, large)
+        self._nursery.start_soon(self._fetch_results, peer, taken, completion, large)
+
+    def _session(self, peer: PeerId, session: int) -> _Taken:
+        key = (peer, session)
+        taken = self._taken.setdefault(key, _Taken())
+        self._taken.move_to_end(key)
+        while len(self._taken) > SESSIONS_MAX:
+            self._taken.popitem(last=False)
+        return taken
 
     def _complete(self, peer: PeerId, result: ResultRange, body: Body) -> None:
-        stage = self.leader.ledger.stage(result.stage)
-        if 0 <= result.first <= result.lo:
+        """One that breaks a rule is left out: the others of its batch, and the batch's number, count."""
+        try:
+            stage = self.leader.ledger.stage(result.stage)
+            if not 0 <= result.first <= result.lo:
+                raise RefusedError("a result that begins before its segment")
             self.leader.complete(peer, result.stage, result.function, result.lo, result.hi, result.first, body)
-        self.leader.site.stages[stage.index].pace.hint(result.elapsed_us / 1e6 / max(1, result.hi - result.lo))
+        except RefusedError as error:
+            log.debug("a result of %s was refused: %s", peer.hex()[:8], error)
+            bodies.release(body)
+            return
+        self.leader.site.stages[stage.index].pace.hint(result.elapsed_us / 1e6 / (result.hi - result.lo))
 
     def _fail(self, peer: PeerId, failure: TaskFailure) -> None:
         told = wire.Failed(
             0, failure.index, failure.kind, failure.type_name, failure.message, failure.traceback, failure.elapsed_us, False
         )
-        self.leader.fail(peer, failure.stage, failure.function, told, failure.exception)
+        try:
+            self.leader.fail(peer, failure.stage, failure.function, told, failure.exception)
+        except RefusedError as error:
+            log.debug("a failure of %s was refused: %s", peer.hex()[:8], error)
 
-    async def _fetch_results(self, peer: PeerId, taken: _Taken, number: int, results: list[ResultRange]) -> None:
+    async def _fetch_results(
+        self, peer: PeerId, taken: _Taken, completion: Completion, results: list[ResultRange]
+    ) -> None:
         """Bring large results here. One that is not to be had runs again: nobody claims it any more."""
         try:
             for result in results:
-                stage = self.leader.ledger.stage(result.stage)
-                if stage.settled.covers(result.lo, result.hi):
+                if not self._awaited(result):
                     continue
                 try:
                     path = await self._data.path(result.blob, result.size, [peer])
@@ -224,23 +251,36 @@ class Outreach:
                     continue
                 body = bodies.whole_file(self.leader.spool.link(str(path)))
                 self._data.store.unpin(self._data.owner, result.blob)  # type: ignore[arg-type]
-                try:
-                    self._complete(peer, result, body)
-                except RefusedError:
-                    bodies.release(body)
+                self._complete(peer, result, body)
         finally:
             self._fetches.release()
-            taken.end(number)
-        self._acknowledge(peer, taken)
+            taken.end(completion.number)
+        self._acknowledge(peer, completion.session, taken)
 
-    def _acknowledge(self, peer: PeerId, taken: _Taken) -> None:
-        self._post.post(peer, Accepted(self._job, taken.through))
+    def _awaited(self, result: ResultRange) -> bool:
+        try:
+            return not self.leader.ledger.stage(result.stage).settled.covers(result.lo, max(result.lo, result.hi))
+        except RefusedError:
+            return False
 
-    def _settled(self, stage: int, lo: int, hi: int) -> None:
-        for peer in self.leader.claims.peers():
-            if self.leader.claims.held(peer, stage).intersect(lo, hi) and self.leader.ledger.stage(stage).cancelled:
-                self._settled_now.setdefault(stage, []).append((lo, hi))
-                return
+    def _acknowledge(self, peer: PeerId, session: int, taken: _Taken) -> None:
+        self._post.post(peer, Accepted(self._job, taken.through, session))
+
+    def _on_cancel(self, stage: int, lo: int, hi: int) -> None:
+        if any(self.leader.claims.held(peer, stage).intersect(lo, hi) for peer in self.leader.claims.peers()):
+            self._cancelled.setdefault(stage, RangeSet()).add(lo, hi)
+
+    def _drop(self) -> None:
+        """Tell the helpers what was cancelled since the last time."""
+        parts = [(stage, part) for stage, ranges in self._cancelled.items() for part in ranges]
+        self._cancelled = {}
+        for at in range(0, len(parts), DROP_RANGES_MAX):
+            table: dict[int, list[tuple[int, int]]] = {}
+            for stage, part in parts[at : at + DROP_RANGES_MAX]:
+                table.setdefault(stage, []).append(part)
+            ranges = tuple((stage, tuple(found)) for stage, found in table.items())
+            for peer in self.leader.claims.peers():
+                self._post.post(peer, Drop(self._job, self.epoch, ranges))
 
     # ---- children of tasks ----
 
@@ -255,7 +295,12 @@ class Outreach:
         def post(answer: wire.ToChild, data: Body) -> None:
             self._post.post_frame(peer, self._data, self._job, token, answer, data)
 
-        self.leader.relay_from((peer, token), post, frame, body)
+        try:
+            self.leader.relay_from((peer, token), post, frame, body)
+        except RefusedError as error:
+            bodies.release(body)
+            self.leader.close_child((peer, token))
+            self._post.post(peer, RelayClosed(self._job, token, str(error)))
 
     # ---- housekeeping ----
 
@@ -264,7 +309,10 @@ class Outreach:
         self.leader.claims.lose(peer)
         self._thieves.pop(peer, None)
         self._helpers.pop(peer, None)
-        self.leader.close_children(lambda key: isinstance(key, tuple) and key[0] == peer)
+        for key in self.leader.close_children(lambda key: isinstance(key, tuple) and key[0] == peer):
+            # The connection may stand again at once, or its end be noticed here only: the child would wait for ever.
+            assert isinstance(key, tuple)
+            self._post.post(peer, RelayClosed(self._job, key[1], "dropped"))
 
     async def run(self) -> None:
         """Sweep claims each heartbeat, until cancelled."""
@@ -274,11 +322,7 @@ class Outreach:
             self.giver.expire(now_s)
             self.leader.giving = self.giver.held()
             self.leader.sweep(now_s)
-            if self._settled_now:
-                ranges = tuple((stage, tuple(parts)) for stage, parts in self._settled_now.items())
-                self._settled_now = {}
-                for peer in self.leader.claims.peers():
-                    self._post.post(peer, Drop(self._job, self.epoch, ranges))
+            self._drop()
             if self.leader.site.deque and self._thieves:
                 self.poke()
 

@@ -48,6 +48,7 @@ from grid.jobs import Jobs
 from grid.leadjob import LeadJob
 from grid.outreach import Outreach
 from grid.post import PostOffice
+from grid.renewal import Renewal
 from grid.transport.errors import JoinError
 from grid.transport.hello import HelloInfo
 from grid.transport.join import join
@@ -99,6 +100,7 @@ class Peer:
         self.helping: Helping
         self.gossip: Gossip
         self.admission: Admission
+        self.renewal: Renewal
         self.services: Services
         self.post: PostOffice
         self.nursery: trio.Nursery
@@ -133,6 +135,7 @@ class Peer:
                 self._wire(nursery, store)
                 nursery.start_soon(self.helping.run)
                 nursery.start_soon(self.gossip.run)
+                nursery.start_soon(self.renewal.run)
                 nursery.start_soon(self._announce)
                 await nursery.start(Control(self.home).serve, Handlers(self).table())
                 await self._ready()
@@ -229,6 +232,13 @@ class Peer:
             lambda chain: self.membership.check(chain, time.time()),
             self.rng,
             self.helping.heard,
+        )
+        self.renewal = Renewal(
+            self.membership,
+            self.mesh,
+            self.home.path / "root",
+            lambda: _save_membership(self.home, self.membership, self._bootstrap),
+            self.rng,
         )
         self.admission = Admission(self.membership, self.node, self.addresses, self._invite_used)
         self.dispatch.ready.set()

@@ -18,6 +18,7 @@ from grid import body as bodies
 from grid.api import wire
 from grid.body import Body
 from grid.core import limits
+from grid.core.errors import GridError
 from grid.core.messages import Message, Relay, encode
 from grid.transport.errors import TransportError
 
@@ -68,7 +69,9 @@ class PostOffice:
                     message = item if isinstance(item, Message) else await item()
                     with trio.fail_after(SEND_TIMEOUT_S):
                         await self._mesh.send(peer, encode(message))
-                except (TransportError, OSError, trio.TooSlowError) as error:
+                except ValueError as error:  # over the transport's bound: a bug of who posted it, not the peer's fault
+                    log.error("a message for peer %s was dropped: %s", peer.hex()[:8], error)
+                except (TransportError, GridError, OSError, trio.TooSlowError) as error:
                     log.debug("peer %s can't be reached: %s", peer.hex()[:8], error)
                     queue.clear()
                     self._lost(peer)

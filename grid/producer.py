@@ -70,7 +70,10 @@ class Producer:
                 self._leader.ledger.close_stage(self._stage(stage).index, total)
                 self._leader.changed()
             case wire.Cancel(stage, lo, hi):
-                self._leader.cancel(self._stage(stage).index, lo, hi)
+                index = self._stage(stage).index
+                if hi < 0:
+                    self._abandon(index)
+                self._leader.cancel(index, lo, hi)
             case wire.Consumed(stage, size):
                 index = self._stage(stage).index
                 delivery = self._deliveries.get(index)
@@ -124,10 +127,18 @@ class Producer:
         )
         if over and stage.index not in self._throttled:
             self._throttled.add(stage.index)
+            self._leader.throttled.add(self)
             self._post(wire.Throttle(self._numbers[stage.index], True), b"")
         elif low and stage.index in self._throttled:
             self._throttled.discard(stage.index)
             self._post(wire.Throttle(self._numbers[stage.index], False), b"")
+
+    def relax(self) -> None:
+        """Tasks of some stage of the job were settled: let pages come again if that is enough."""
+        for index in list(self._throttled):
+            self._throttle(self._leader.ledger.stage(index))
+        if not self._throttled:
+            self._leader.throttled.discard(self)
 
     # ---- to the child ----
 
@@ -144,9 +155,7 @@ class Producer:
             self._result_bytes += bodies.memory_of(item.body)
         self._flush(stage.index)
         if self._result_bytes > limits.RESULT_MEMORY_BYTES_MAX:
-            self._spill(delivery)
-        if self._throttled:
-            self._throttle(stage)
+            self._spill()
 
     def _flush(self, index: int) -> None:
         number = self._numbers[index]
@@ -164,13 +173,15 @@ class Producer:
                 )
             else:
                 self._post(wire.Cancelled(number, lo, hi), b"")
+            if self.closed:  # by the post: its peer can't be reached
+                return
 
-    def _spill(self, delivery: Delivery[Item]) -> None:
+    def _spill(self) -> None:
         """Write waiting results to disk, as many as bring memory under half the bound, into one file."""
         data: list[bytes] = []
         items: list[Item] = []
         total = 0
-        for item in delivery.waiting():
+        for item in (item for delivery in reversed(self._deliveries.values()) for item in delivery.waiting()):
             if isinstance(item.body, bytes) and item.body:
                 items.append(item)
                 data.append(item.body)
@@ -191,13 +202,19 @@ class Producer:
         """The child is gone: what it waited for is no longer wanted."""
         self.closed = True
         for stage in self._stages.values():
+            self._abandon(stage.index)
             if not stage.complete:
                 self._leader.cancel(stage.index, 0, -1)
-        for delivery in self._deliveries.values():
-            for item in delivery.waiting():
-                if item.body is not None:
-                    bodies.release(item.body)
-        self._deliveries.clear()
+        self._leader.throttled.discard(self)
+
+    def _abandon(self, index: int) -> None:
+        """The child wants nothing more of this stage."""
+        delivery = self._deliveries.pop(index, None)
+        for item in delivery.waiting() if delivery is not None else ():
+            if item.body is not None:
+                self._result_bytes -= bodies.memory_of(item.body)
+                bodies.release(item.body)
+        self._throttled.discard(index)
 
 
 def merged(defaults: StageOptions, options: wire.Options) -> StageOptions:

@@ -8,7 +8,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from grid.bell import Bell
 from grid.body import Body, FileSlice
 from grid.core import limits
 from grid.core.bundle import COMPLETION_DOMAIN, Completion, ResultRange, Signed, TaskFailure, check_declaration, check_grant, sign
-from grid.core.deque import Work
+from grid.core.deque import DequeFull, Work
 from grid.core.errors import RefusedError
 from grid.core.job import JobId
 from grid.core.messages import (
@@ -49,6 +49,8 @@ from grid.siteworker import SiteWorker
 if TYPE_CHECKING:
     from grid.post import PostOffice
 
+RESENT_MAX = 4
+"""Batches sent again at once when the leader is silent: the oldest, which hold back its word on all later ones."""
 UNACKNOWLEDGED_MAX = 256
 """Completion batches without the leader's word; then workers' reports wait here and claims keep the ranges ours."""
 
@@ -80,13 +82,15 @@ class Remote:
         self._post = post
         self._declarations: dict[int, Signed] = {}
         self._functions: dict[int, bytes] = {}
-        self._results: list[tuple[int, int, int, Body, int]] = []
-        self._failures: list[TaskFailure] = []
+        self._results: deque[tuple[int, int, int, Body, int]] = deque()
+        self._failures: deque[TaskFailure] = deque()
         self._waiting: dict[int, RangeSet] = {}
         self._bell = Bell()
         self._sent: OrderedDict[int, _Sent] = OrderedDict()
         self._acknowledged = Bell()
         self._number = 0
+        self._session = int(trio.current_time() * 1e6)
+        self._word_s = self.heard_s  # when the leader last said that it took completions, or they were sent again
         self._prints: list[tuple[int, int, int, bytes]] = []
         self._print_bytes = 0
         self._print_dropped = 0
@@ -110,34 +114,40 @@ class Remote:
         """A grant arrived. Returns its number of tasks. Raises RefusedError, BadSignature, CodecError: nothing was taken."""
         for signed in give.declarations:
             declaration = check_declaration(signed, self.job, self.epoch, self.leader)
-            if len(self._declarations) >= limits.DECLARATIONS_KEPT_MAX:
-                self._forget_stages()
-            self._declarations[declaration.stage] = signed
-            self._functions[declaration.stage] = declaration.function
             fn = self.site.add_function(declaration.function, dict(give.functions).get(declaration.function))
             self.site.add_stage(declaration.stage, declaration.options, fn)
             if self.site.functions[fn] is None:
                 path = await self._data.path(declaration.function, declaration.function_size, [giver, self.leader])
                 self.site.add_function(declaration.function, bodies.whole_file(str(path), owned=False))
+            if len(self._declarations) >= limits.DECLARATIONS_KEPT_MAX:
+                self._forget_stages()
+            self._declarations[declaration.stage] = signed  # known only now: a giver would not send the function again
+            self._functions[declaration.stage] = declaration.function
         grant, works = check_grant(give.grant, giver, self._me, self.job, self.epoch)
         if len(give.inline) != len(grant.segments):
             raise RefusedError("the grant's table doesn't match its bytes")
-        for ref, inline in zip(grant.segments, give.inline, strict=True):
-            if ref.stage not in self.site.stages:
+        segments = [Segment(ref.first, ref.count, ref.size, ref.refs) for ref in grant.segments]
+        for ref, segment, inline in zip(grant.segments, segments, give.inline, strict=True):
+            if ref.stage not in self._functions:
                 raise RefusedError(f"stage {ref.stage} was never declared")
-            body: bytes | None = None
-            if inline:
-                if bodies.hash_of(inline) != ref.blob:
-                    raise RefusedError("a segment that is not what was signed")
-                body = inline
-            self.site.hold(ref.stage, Segment(ref.first, ref.count, ref.size, ref.refs), body, ref.blob, (giver, self.leader))
+            if not self.site.stages[ref.stage].segments.fits(segment):
+                raise RefusedError("a segment that is cut otherwise than one that is here")
+            if inline and bodies.hash_of(inline) != ref.blob:
+                raise RefusedError("a segment that is not what was signed")
+        for ref, segment, inline in zip(grant.segments, segments, give.inline, strict=True):
+            self.site.hold(ref.stage, segment, inline or None, ref.blob, (giver, self.leader))
         for stage, index, attempt in grant.attempts:
             if stage in self.site.stages:
                 self.site.stages[stage].attempts[index] = attempt
         for stage, pace_us in grant.pace_us:
             if stage in self.site.stages:
                 self.site.stages[stage].pace.hint(pace_us / 1e6)
-        self.site.push(works)
+        try:
+            self.site.push(works)
+        except DequeFull:  # what is not held here nobody claims: it runs elsewhere
+            self.site.workshop.pump()
+        if giver != self.leader:
+            self._claim()  # before the giver stops claiming it
         self._post.post(giver, GrantTaken(self.job, grant.number))
         return sum(work.hi - work.lo for work in works)
 
@@ -161,8 +171,8 @@ class Remote:
             failure.index,
             failure.kind,
             failure.type_name,
-            failure.message[: limits.TEXT_MAX],
-            failure.traceback[-limits.TEXT_MAX :],
+            failure.message.encode(errors="replace")[: limits.TEXT_MAX].decode(errors="ignore"),
+            failure.traceback.encode(errors="replace")[-limits.TEXT_MAX :].decode(errors="ignore"),
             exception if len(exception) <= limits.RESULT_INLINE_BYTES else b"",
             failure.elapsed_us,
         )
@@ -205,23 +215,31 @@ class Remote:
     async def handle(self, peer: PeerId, message: Message) -> None:
         """One message about this job. Raises RefusedError."""
         if isinstance(message, GrantTaken):
-            self.giver.taken(peer, message.number)
+            self._release_segments(self.giver.taken(peer, message.number))
             return
         if peer != self.leader:
             raise RefusedError("only the job's leader may say that")
         self.heard_s = trio.current_time()
         match message:
-            case Accepted(number=number):
+            case Accepted(number=number, session=session) if session == self._session:
+                self._word_s = self.heard_s
                 for sent in [n for n in self._sent if n <= number]:
                     self._drop_sent(self._sent.pop(sent))
                 self._acknowledged.ring()
             case Drop(ranges=ranges):
-                for stage, parts in ranges:
-                    for lo, hi in parts:
-                        if stage in self.site.stages:
-                            self.site.drop(stage, lo, hi)
+                works = [Work(stage, *part) for stage, parts in ranges for part in parts if stage in self.site.stages]
+                for work in works:
+                    if work.lo < work.hi:
+                        self.site.drop(*work)
+                self._release_segments([work for work in works if work.lo < work.hi])
+            case Accepted():
+                pass  # of an earlier session
             case Relay():
                 await self._relay(message)
+            case RelayClosed(token=token, why=why):
+                for worker in self.site.workers:
+                    if worker.token == token and worker.nests:
+                        worker.end(why or "dropped")
             case _:
                 raise RefusedError(f"a thief takes no {type(message).__name__}")
 
@@ -250,18 +268,24 @@ class Remote:
     def _claim(self) -> None:
         now_s = trio.current_time()
         self.giver.expire(now_s)
+        if self._sent and now_s - self._word_s > limits.RESEND_S:
+            self._word_s = now_s
+            for sent in list(self._sent.values())[:RESENT_MAX]:
+                self._post.post(self.leader, sent.message)
         held = tuple((stage, tuple(ranges)) for stage, ranges in self.held().items())
         have, self._data.fetched = self._data.fetched[: limits.HAVE_MAX], self._data.fetched[limits.HAVE_MAX :]
         workshop = self.site.workshop
         self._post.post(
             self.leader, Claims(self.job, self.epoch, held, workshop.slots, workshop.busy, tuple(have), self.blocked)
         )
+        self._print_bytes = 0
         self._send_prints()
 
     def _send_prints(self) -> None:
+        """Before the completions of the tasks that printed: the job may end with them."""
         if self._prints or self._print_dropped:
             self._post.post(self.leader, Printed(self.job, tuple(self._prints), self._print_dropped))
-        self._prints, self._print_bytes, self._print_dropped = [], 0, 0
+        self._prints, self._print_dropped = [], 0
 
     def held(self) -> dict[int, RangeSet]:
         """Every range that is ours as long as the leader has not acknowledged it."""
@@ -289,7 +313,9 @@ class Remote:
                 if self._prints and not self._results:
                     self._send_prints()
                 continue
-            self._post.post(self.leader, await self._batch())
+            batch = await self._batch()
+            self._send_prints()
+            self._post.post(self.leader, batch)
             await trio.sleep(limits.COMPLETION_DELAY_S)
 
     async def _batch(self) -> Completed:
@@ -298,7 +324,7 @@ class Remote:
         sent = _Sent(None, [], [])  # type: ignore[arg-type]
         inline_bytes = 0
         while self._results and inline_bytes < limits.COMPLETION_BYTES_MAX and len(results) < 4096:
-            stage, lo, hi, body, elapsed_us = self._results.pop(0)
+            stage, lo, hi, body, elapsed_us = self._results.popleft()
             size = bodies.size_of(body)
             inline, blob = b"", b""
             if size <= limits.RESULT_INLINE_BYTES:
@@ -310,12 +336,20 @@ class Remote:
                 sent.blobs.append(blob)
             results.append(ResultRange(stage, self._functions[stage], lo, hi, lo, inline, blob, size, elapsed_us))
             sent.ranges.append(Work(stage, lo, hi))
-        failures, self._failures = self._failures[:64], self._failures[64:]
+        failures: list[TaskFailure] = []
+        while self._failures and len(failures) < 64 and inline_bytes < limits.COMPLETION_BYTES_MAX:
+            failures.append(self._failures.popleft())
+            inline_bytes += _size_of(failures[-1])
         sent.ranges += [Work(failure.stage, failure.index, failure.index + 1) for failure in failures]
         for work in sent.ranges:
-            self._waiting[work.stage].remove(work.lo, work.hi)
+            waiting = self._waiting[work.stage]
+            waiting.remove(work.lo, work.hi)
+            if not waiting:
+                del self._waiting[work.stage]
+        if not self._sent:
+            self._word_s = trio.current_time()
         self._number += 1
-        completion = Completion(self.job, self.epoch, self._number, tuple(results), tuple(failures))
+        completion = Completion(self.job, self.epoch, self._number, tuple(results), tuple(failures), self._session)
         sent.message = Completed(sign(completion, COMPLETION_DOMAIN, self._identity))
         self._sent[self._number] = sent
         self._release_segments(sent.ranges)
@@ -327,7 +361,10 @@ class Remote:
         return await self._data.put("", bodies.read(body))
 
     def _release_segments(self, ranges: list[Work]) -> None:
+        """Let segments go of which nothing is held here any more, not even on its way to a thief."""
         held = self.site.held()
+        for work in self.giver.held():
+            held.setdefault(work.stage, RangeSet()).add(work.lo, work.hi)
         for work in ranges:
             stage = self.site.stages[work.stage]
             mine = held.get(work.stage, RangeSet())
@@ -348,5 +385,10 @@ class Remote:
         """The leader's connection ended."""
         for worker in list(self.site.workers):
             if worker.nests:
-                worker.child.kill("dropped")
+                worker.end("dropped")
 
+
+
+def _size_of(failure: TaskFailure) -> int:
+    """In bytes, about."""
+    return len(failure.message.encode()) + len(failure.traceback.encode()) + len(failure.exception) + 256

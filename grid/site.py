@@ -22,17 +22,21 @@ from grid.api import wire
 from grid.body import Body
 from grid.core import limits
 from grid.core.bundle import StageOptions
-from grid.core.deque import RangeDeque, Work
+from grid.core.deque import DequeFull, RangeDeque, Work
 from grid.core.job import JobId
 from grid.core.ledger import DIED, MEMORY, TIMEOUT
 from grid.core.plan import Pace
 from grid.core.ranges import RangeSet
 from grid.core.segments import Segment, SegmentTable
 from grid.siteworker import SiteWorker, Ticket
+from grid.worker.fork_server import WorkerStartError
 
 if TYPE_CHECKING:
     from grid.worker.pool import Child, JobProcesses
     from grid.workshop import Workshop
+
+ON_PURPOSE = frozenset({"dropped", "idle"})
+"""Why a worker was ended by its peer: nothing it ran is to blame."""
 
 
 class Uplink(Protocol):
@@ -54,7 +58,7 @@ class Uplink(Protocol):
         """The worker with stages of its own is gone."""
 
     def returned(self, stage: int, lo: int, hi: int) -> None:
-        """The site can't run these (a blob is not to be had); it holds them no more."""
+        """The site can't run these (a blob is not to be had, its deque is full); it holds them no more."""
 
 
 @dataclass(slots=True)
@@ -114,13 +118,13 @@ class Site:
         self.starting = 0
         self.executed = 0
         self.closed = False
+        self.has_timeouts = False  # some stage here limits its tasks' time
         self._nursery = nursery
         self._fetch = fetch
         self._requests = requests
         self._fetching: dict[tuple[int, int], list[Work]] = {}
         self._function_numbers: dict[bytes, int] = {}
         self._function_hashes: list[bytes] = []
-        self._dropped: dict[int, RangeSet] = {}
         self._start_failures = 0
         self._token = 0
         self._ticket = 0
@@ -148,6 +152,7 @@ class Site:
         stage = self.stages.get(index)
         if stage is None:
             stage = self.stages[index] = SiteStage(index, options, fn)
+            self.has_timeouts = self.has_timeouts or bool(options.task_timeout_s)
         return stage
 
     def hold(
@@ -157,8 +162,11 @@ class Site:
         held = self.stages[stage].held
         self.stages[stage].segments.add(segment)
         known = held.get(segment.first)
-        if known is None or (known.body is None and body is not None):
+        if known is None:
             held[segment.first] = Held(segment, body, blob, holders, ready=body is not None and not segment.refs)
+        elif known.body is None:  # the older holders may be gone
+            known.body, known.blob, known.holders = body, blob, holders
+            known.ready = body is not None and not segment.refs
 
     def push(self, works: list[Work], head: bool = False) -> None:
         """Ranges to run. Raises DequeFull."""
@@ -166,18 +174,36 @@ class Site:
             (self.deque.push_head if head else self.deque.push_tail)(work)
         self.workshop.pump()
 
+    def put_back(self, work: Work) -> None:
+        """Work that was here before is to run first."""
+        try:
+            self.deque.push_head(work)
+        except DequeFull:
+            self.uplink.returned(*work)
+
     def drop(self, stage: int, lo: int, hi: int) -> None:
         """These tasks are settled elsewhere or cancelled: forget them, stop those that run long."""
         self.deque.remove(stage, lo, hi)
+        attempts = self.stages[stage].attempts
+        for index in range(lo, hi) if hi - lo < len(attempts) else list(attempts):
+            if lo <= index < hi:
+                attempts.pop(index, None)
         for works in self._fetching.values():
             works[:] = [part for work in works for part in _without(work, stage, lo, hi)]
-        for worker in list(self.workers):
+        for worker in self.workers:
+            running = worker.running
             for ticket in worker.tickets.values():
-                if ticket.stage == stage and ticket.at < hi and lo < ticket.hi:
-                    self._dropped.setdefault(stage, RangeSet()).add(lo, hi)
-                    if self._runs_long(stage) and lo <= ticket.at and ticket.hi <= hi:
-                        worker.child.kill("dropped")
-                        break
+                if ticket.stage != stage or ticket.at >= hi or lo >= ticket.hi:
+                    continue
+                if ticket.dropped is None:
+                    ticket.dropped = RangeSet()
+                ticket.dropped.add(max(lo, ticket.lo), min(hi, ticket.hi))
+                if not ticket.dropped.covers(ticket.at, ticket.hi):
+                    continue
+                if ticket is not running:
+                    worker.post(wire.Revoke(ticket.number))
+                elif self._runs_long(stage):
+                    worker.end("dropped")
 
     def forget(self, stage: int, lo: int, hi: int) -> None:
         """Release segments that lie in [lo, hi) as a whole."""
@@ -241,7 +267,7 @@ class Site:
             return 0
         idle = next((w for w in self.workers if w.idle), None)
         if idle is None:
-            if self.starting < min(free, self.deque.total) and self.blocked < limits.WORKERS_BLOCKED_MAX:
+            while self.starting < min(free, self.deque.total) and self.blocked < limits.WORKERS_BLOCKED_MAX:
                 self.start_worker()
             return 0
         before = idle.slots
@@ -253,7 +279,7 @@ class Site:
         for worker in self.workers:
             if not self.deque:
                 return
-            if 0 < len(worker.tickets) < limits.TICKETS_AHEAD and not worker.blocked and not worker.nests:
+            if 0 < len(worker.tickets) < limits.TICKETS_AHEAD and not (worker.blocked or worker.nests or worker.gone):
                 last = next(reversed(worker.tickets.values()))
                 if not self._runs_long(last.stage):
                     self._assign(worker, worker.slots, ahead=True)
@@ -279,23 +305,37 @@ class Site:
             work = self.deque.take_head(count_of)
             if work is None:
                 return
-            at = work.lo
-            while at < work.hi:
-                segment = self.stages[work.stage].segments.at(at)
-                if segment is None:
-                    self.uplink.returned(work.stage, at, work.hi)
-                    break
-                part = Work(work.stage, at, self.stages[work.stage].alike(at, min(work.hi, segment.end)))
-                at = part.hi
-                given += self._give(worker, part, segment)
+            stage = self.stages[work.stage]
+            for segment, part in self.pieces(work):
+                at = part.lo
+                while at < part.hi:
+                    same = Work(work.stage, at, stage.alike(at, part.hi))
+                    given += self._give(worker, same, segment)
+                    at = same.hi
+
+    def pieces(self, work: Work) -> list[tuple[Segment, Work]]:
+        """`work` cut at its segments. What has none (it was settled meanwhile) is returned to the uplink."""
+        found: list[tuple[Segment, Work]] = []
+        at = work.lo
+        for segment in self.stages[work.stage].segments.overlapping(work.lo, work.hi):
+            if at < segment.first:
+                self.uplink.returned(work.stage, at, segment.first)
+            part = Work(work.stage, max(at, segment.first), min(work.hi, segment.end))
+            found.append((segment, part))
+            at = part.hi
+        if at < work.hi:
+            self.uplink.returned(work.stage, at, work.hi)
+        return found
 
     def _give(self, worker: SiteWorker, work: Work, segment: Segment) -> int:
         stage = self.stages[work.stage]
         held = stage.held[segment.first]
         if not held.ready:
-            waiting = self._fetching.setdefault((work.stage, segment.first), [])
-            waiting.append(work)
-            if len(waiting) == 1:
+            key = (work.stage, segment.first)
+            if key in self._fetching:  # perhaps with nothing that waits for it: all was dropped
+                self._fetching[key].append(work)
+            else:
+                self._fetching[key] = [work]
                 self._nursery.start_soon(self._prepare, stage, held)
             return 0
         assert held.body is not None
@@ -313,7 +353,7 @@ class Site:
             works = self._fetching.pop(key)
         for work in reversed(works):
             if held.ready:
-                self.deque.push_head(work)
+                self.put_back(work)
             else:
                 self.uplink.returned(*work)
         self.workshop.pump()
@@ -328,6 +368,12 @@ class Site:
         child: Child | None = None
         try:
             child = await self.processes.start_worker()
+        except WorkerStartError:
+            self._start_failures += 1
+            if self._start_failures > limits.RETRIES_LOST_MAX:
+                raise
+            await trio.sleep(limits.WORKER_RESTART_S)
+            return
         finally:
             self.starting -= 1
             if child is None:
@@ -340,8 +386,12 @@ class Site:
             async for message, data in child.frames:
                 self._handle(worker, message, data)
         finally:
-            self.workers.remove(worker)
+            worker.gone = True
+        with trio.move_on_after(limits.WORKER_EXIT_S):
+            await child.exited.wait()
+        worker.end("closed its channel")
         await child.exited.wait()
+        self.workers.remove(worker)
         self._bury(worker)
         self.workshop.pump()
 
@@ -357,7 +407,7 @@ class Site:
             case wire.Returned():
                 ticket = worker.tickets.pop(message.ticket, None)
                 if ticket is not None:
-                    self._requeue(ticket.stage, ticket.lo, ticket.hi)
+                    self._requeue(ticket, ticket.lo, ticket.hi)
                     self.workshop.pump()
             case wire.Print():
                 self.uplink.printed(message, data)
@@ -366,7 +416,10 @@ class Site:
             case wire.Put() | wire.Fetch() | wire.OpenInput() | wire.ListInputs():
                 self._nursery.start_soon(self._requests, worker.post, message, data)
             case wire.Page(path=path) if path:
-                self.uplink.relay(worker, message, bodies.whole_file(path))
+                worker.nests = True
+                file = _adopt(worker, path)
+                if file is not None:
+                    self.uplink.relay(worker, message, file)
             case _:
                 worker.nests = True
                 self.uplink.relay(worker, message, data)
@@ -374,9 +427,11 @@ class Site:
     def _done(self, worker: SiteWorker, message: wire.Done, data: bytes) -> None:
         ticket = worker.tickets.get(message.ticket)
         if ticket is None or message.lo != ticket.at or not ticket.at < message.hi <= ticket.hi:
-            worker.child.kill("broke the protocol")
+            worker.end("broke the protocol")
             return
-        body: Body = bodies.whole_file(message.path) if message.path else data
+        body = _adopt(worker, message.path) if message.path else data
+        if body is None:
+            return
         self._progress(worker, ticket, message.hi, message.elapsed_us, message.final)
         self.uplink.result(ticket.stage, message.lo, message.hi, body, message.elapsed_us)
         if message.final:
@@ -385,7 +440,7 @@ class Site:
     def _failed(self, worker: SiteWorker, message: wire.Failed, data: bytes) -> None:
         ticket = worker.tickets.get(message.ticket)
         if ticket is None or message.index != ticket.at or ticket.at >= ticket.hi:
-            worker.child.kill("broke the protocol")
+            worker.end("broke the protocol")
             return
         self._progress(worker, ticket, message.index + 1, message.elapsed_us, message.final)
         self.uplink.failure(ticket.stage, message, data)
@@ -395,7 +450,7 @@ class Site:
     def _progress(self, worker: SiteWorker, ticket: Ticket, at: int, elapsed_us: int, final: bool) -> None:
         count = at - ticket.at
         stage = self.stages[ticket.stage]
-        stage.pace.record(count, elapsed_us / 1e6)
+        stage.pace.record(count, max(0, elapsed_us) / 1e6)
         for index in [i for i in stage.attempts if ticket.at <= i < at]:
             del stage.attempts[index]
         self.executed += count
@@ -405,12 +460,11 @@ class Site:
             del worker.tickets[ticket.number]
         self.idle_since_s = trio.current_time()
 
-    def _requeue(self, stage: int, lo: int, hi: int) -> None:
+    def _requeue(self, ticket: Ticket, lo: int, hi: int) -> None:
         if lo >= hi:
             return
-        dropped = self._dropped.get(stage)
-        for a, b in dropped.gaps(lo, hi) if dropped else [(lo, hi)]:
-            self.deque.push_head(Work(stage, a, b))
+        for a, b in reversed(ticket.dropped.gaps(lo, hi)) if ticket.dropped else [(lo, hi)]:
+            self.put_back(Work(ticket.stage, a, b))
 
     def _bury(self, worker: SiteWorker) -> None:
         """A worker ended: the task it ran failed (unless the peer ended it on purpose); the rest runs again."""
@@ -420,21 +474,22 @@ class Site:
             return
         child = worker.child
         index, _ = child.progress()
-        culprit = None
-        for ticket in worker.tickets.values():
-            if child.why not in ("dropped", "idle") and ticket.at <= index < ticket.hi and culprit is None:
-                culprit = (ticket, index)
-                self._requeue(ticket.stage, index + 1, ticket.hi)
-                self._requeue(ticket.stage, ticket.at, index)
+        tickets = list(worker.tickets.values())
+        worker.tickets.clear()
+        blamed = child.why not in ON_PURPOSE
+        culprit = next((ticket for ticket in tickets if blamed and ticket.at <= index < ticket.hi), None)
+        for ticket in reversed(tickets):
+            if ticket is culprit:
+                self._requeue(ticket, index + 1, ticket.hi)
+                self._requeue(ticket, ticket.at, index)
             else:
-                self._requeue(ticket.stage, ticket.at, ticket.hi)
+                self._requeue(ticket, ticket.at, ticket.hi)
         if culprit is not None:
-            ticket, index = culprit
-            self.uplink.failure(ticket.stage, _death(ticket, index, child), b"")
-        elif worker.tickets and child.why not in ("dropped", "idle"):
+            self.uplink.failure(culprit.stage, _death(culprit, index, child), b"")
+        elif tickets and blamed:
             self._start_failures += 1
             if self._start_failures > limits.RETRIES_LOST_MAX:
-                ticket = next(iter(worker.tickets.values()))
+                ticket = tickets[0]
                 self.deque.remove(ticket.stage, ticket.at, ticket.at + 1)
                 self.uplink.failure(ticket.stage, _death(ticket, ticket.at, child), b"")
 
@@ -451,12 +506,7 @@ class Site:
             if timeout_s:
                 index, started_ns = worker.child.progress()
                 if ticket.at <= index < ticket.hi and now_ns - started_ns > timeout_s * 1e9:
-                    worker.child.kill("timeout")
-
-    @property
-    def has_timeouts(self) -> bool:
-        """Some stage here limits its tasks' time."""
-        return any(stage.options.task_timeout_s for stage in self.stages.values())
+                    worker.end("timeout")
 
     def rest(self, now_s: float) -> None:
         """Let workers go that had nothing to do for a while."""
@@ -464,7 +514,7 @@ class Site:
             return
         for worker in self.workers:
             if worker.idle:
-                worker.child.kill("idle")
+                worker.end("idle")
 
 
 def _without(work: Work, stage: int, lo: int, hi: int) -> list[Work]:
@@ -474,9 +524,18 @@ def _without(work: Work, stage: int, lo: int, hi: int) -> list[Work]:
     return [part for part in parts if part.lo < part.hi]
 
 
+def _adopt(worker: SiteWorker, path: str) -> Body | None:
+    """The file that a worker named as a body; None, and the end of the worker, if there is none."""
+    try:
+        return bodies.whole_file(path)
+    except OSError:
+        worker.end("broke the protocol")
+        return None
+
+
 def _death(ticket: Ticket, index: int, child: Child) -> wire.Failed:
     status = child.status
-    how = f"signal {-status}" if status is not None and status < 0 else f"exit status {status}"
+    how = child.why or (f"signal {-status}" if status is not None and status < 0 else f"exit status {status}")
     kind, message = {
         "timeout": (TIMEOUT, "the task ran longer than its time limit"),
         "memory": (MEMORY, "the task used more memory than its limit"),

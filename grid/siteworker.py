@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from grid import body as bodies
 from grid.api import wire
 from grid.body import FileSlice
+from grid.core.ranges import RangeSet
 from grid.worker.process import ChildGone
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class Ticket:
     hi: int
     at: int
     fn: int
+    dropped: RangeSet | None = None  # of [lo, hi): settled elsewhere or cancelled, not to be run again
 
 
 class SiteWorker:
@@ -40,6 +42,7 @@ class SiteWorker:
         self.token = token
         self.tickets: dict[int, Ticket] = {}
         self.blocked = False
+        self.gone = False
         self.nests = False
         self.cpus = 1
         self._functions: set[int] = set()
@@ -47,7 +50,7 @@ class SiteWorker:
     @property
     def idle(self) -> bool:
         """It has nothing to run."""
-        return not self.tickets and not self.blocked
+        return not self.tickets and not self.blocked and not self.gone
 
     @property
     def running(self) -> Ticket | None:
@@ -64,6 +67,11 @@ class SiteWorker:
         with contextlib.suppress(ChildGone):  # its end is told by the frames' end
             self.child.post(message, body)
 
+    def end(self, why: str) -> None:
+        """Kill it; it gets no more work. What it had is dealt with when it is buried."""
+        self.gone = True
+        self.child.kill(why)
+
     def run(self, ticket: Ticket, stage: SiteStage, held: Held, site: Site) -> None:
         """Give it a bundle."""
         if not self.tickets:
@@ -78,8 +86,12 @@ class SiteWorker:
         assert body is not None
         path, data = "", b""
         if isinstance(body, FileSlice):
-            if body.length > wire.INLINE_BYTES_MAX or body.whole:
-                path = site.spool.as_file(body)
+            whole = body.whole
+            if not whole and body.length > wire.INLINE_BYTES_MAX:
+                body = held.body = site.spool.own(body)  # once: each run of a part of it would need a copy
+                whole = True
+            if whole:
+                path = body.file.path
             else:
                 data = bodies.read(body)
         else:

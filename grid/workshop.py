@@ -34,6 +34,8 @@ class Workshop:
         self.draining = False
         self._pumping = False
         self._again = False
+        self._turn = 0
+        self._turns: dict[Site, int] = {}  # when each was served last: of equals, the one that waited longest is next
 
     @property
     def busy(self) -> int:
@@ -62,17 +64,26 @@ class Workshop:
         self.hungry()
 
     def _share(self) -> None:
+        if self.draining:
+            return
         waiting = [site for site in self.sites if site.deque]
         free = self.free
-        while free > 0 and waiting and not self.draining:
-            site = min(waiting, key=lambda s: s.busy)
+        while free > 0 and waiting:
+            site = min(waiting, key=lambda s: (s.busy, self._turns.get(s, 0)))
             used = site.feed(free)
-            if used <= 0:
+            if used > 0:
+                self._turn += 1
+                self._turns[site] = self._turn
+            else:
                 waiting.remove(site)
             free -= used
-        for site in self.sites:
-            if site.deque:
+        waiting = [site for site in self.sites if site.deque]
+        least = min((site.busy for site in waiting), default=0)
+        for site in waiting:
+            if site.busy <= least:  # else its slots would never come free for a job that has fewer
                 site.feed_ahead()
+        if len(self._turns) > len(self.sites):
+            self._turns = {site: turn for site, turn in self._turns.items() if site in self.sites}
 
     async def watch(self) -> None:
         """Time limits and idle workers, until cancelled."""

@@ -25,7 +25,8 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from grid.api.cloud import ClassTable, cloud_dumps, cloud_pickler, loading
+from grid.api.cloud import ClassTable as ClassTable
+from grid.api.cloud import cloud_dumps, cloud_pickler, loading
 from grid.api.cloud import set_namespace as set_namespace
 
 Buffer: TypeAlias = bytes | bytearray | memoryview

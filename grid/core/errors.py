@@ -39,3 +39,20 @@ class IllegalTransitionError(GridError):
     """A job or stage was asked to go where its state table has no way."""
 
     code = "illegal_transition"
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the first error inside the groups that nurseries made of it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what people are told of an error: of ours and the system's their text, of unexpected ones the type too."""
+    cause = cause_of(error)
+    text = " ".join(str(cause).split())
+    if isinstance(cause, OSError):
+        return f"{cause.strerror}: {cause.filename}" if cause.strerror and cause.filename else cause.strerror or text
+    is_ours = type(cause).__module__.startswith(("grid.", "dht."))
+    return text if is_ours and text else f"{type(cause).__name__}: {text}" if text else type(cause).__name__

@@ -119,6 +119,8 @@ def open_spec(signed: SignedSpec, check: Callable[[Chain], Certificate], grid: b
     certificate = check(signed.chain)
     if certificate.key != spec.submitter:
         raise RefusedError("the job is not signed by its submitter")
+    if certificate.owner != spec.owner:
+        raise RefusedError("the job names an owner its submitter does not belong to")
     if not certificate.roles & 1:
         raise RefusedError("its submitter may not submit")
     verify(spec.submitter, SPEC_DOMAIN, signed.payload, signed.signature)

@@ -34,6 +34,12 @@ CONTROL_TIMEOUT_S: Final = 10.0
 """For one request about a job to the peer that leads it."""
 POLL_S_MAX: Final = 20.0
 """A follower's long poll ends after this time at the latest, and is made again."""
+WORKER_EXIT_S: Final = 1.0
+"""For a worker that closed its channel to end by itself, so that its own exit status is told; then it is killed."""
+WORKER_RESTART_S: Final = 0.2
+"""Before a worker is started after one that could not start: what was missing (memory, say) may be back."""
+RESEND_S: Final = 5.0
+"""Completions for which the leader has no word for so long are sent again, though the connection stands."""
 DRIVER_EXIT_S_MAX: Final = 10.0
 """For a driver that was told to end before it is killed."""
 

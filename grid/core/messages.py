@@ -178,18 +178,6 @@ class Answer(Message, tag=41, frozen=True):
     body: bytes = b""
 
 
-class ChunkHashes(Message, tag=42, frozen=True):
-    """Request: the BLAKE3 hashes of a blob's chunks (1 MiB each)."""
-
-    blob: bytes
-
-
-class Hashes(Message, tag=43, frozen=True):
-    """Reply to ChunkHashes; empty when the blob is not here."""
-
-    hashes: tuple[bytes, ...]
-
-
 class FindBlob(Message, tag=46, frozen=True):
     """Request to a job's leader: who holds this blob?"""
 
@@ -230,8 +218,6 @@ AnyMessage: TypeAlias = (
     | RelayClosed
     | Ask
     | Answer
-    | ChunkHashes
-    | Hashes
     | Renew
     | Renewed
     | FindBlob

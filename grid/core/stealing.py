@@ -3,7 +3,7 @@
 Rules:
 - at most one ask a job is under way; a job that gave nothing is left alone for a backoff that doubles up to a bound, and a
   poke or fresh news ends the backoff at once;
-- first asked is whom a hint named, else the leader; jobs take turns;
+- first asked is whom the leader's last answer named, one after the other, else the leader; jobs take turns;
 - it never waits: `next` says whom to ask now, or when to ask again.
 Deterministic: time and randomness are arguments. No I/O.
 """
@@ -27,6 +27,7 @@ class _Source:
     backoff_s: float = limits.STEAL_BACKOFF_S
     asking: bool = False
     asked_leader: bool = False
+    again: bool = False  # a poke came while the answer was on its way
     served_s: float = -1.0
 
 
@@ -92,8 +93,10 @@ class Thief:
             return
         source.asking = False
         if source.asked_leader:  # hints of hints are not followed: they could lead round in circles
-            source.hints = [hint for hint in dict.fromkeys(hints) if hint != source.leader][: limits.HINTS_MAX]
-        if source.hints:
+            named = [hint for hint in dict.fromkeys([*source.hints, *hints]) if hint != source.leader]
+            source.hints = named[: limits.HINTS_MAX]
+        if source.hints or source.again:
+            source.again = False
             source.not_before_s = now_s
             return
         source.not_before_s = now_s + source.backoff_s * (0.5 + self._rng.random())
@@ -118,5 +121,6 @@ class Thief:
         return Wait(wake_s)
 
     def _awake(self, source: _Source, now_s: float) -> None:
+        source.again = source.asking
         source.backoff_s = limits.STEAL_BACKOFF_S
         source.not_before_s = min(source.not_before_s, now_s)

@@ -66,7 +66,7 @@ class Grid:
             except Exception:
                 traceback.print_exc()
                 status = 1
-        out, err = (stream.buffer.getvalue().decode() for stream in streams.values())  # type: ignore[attr-defined]
+        out, err = (stream.buffer.getvalue().decode() for stream in streams.values())
         return subprocess.CompletedProcess(words, status, out, err)
 
     @contextlib.contextmanager

@@ -133,3 +133,21 @@ def test_killed_peer_leaves_a_home_that_starts_again(peer: Grid) -> None:
     assert peer("join", "-d", *LISTEN).returncode == 0
     assert peer("status").returncode == 0
     assert peer("leave").returncode == 0
+
+
+def test_reader_of_the_first_line_goes_away(grid: Grid) -> None:
+    with grid.start("join", *LISTEN) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "serves" in process.stderr.readline()
+        process.stdout.close()
+        assert grid("invite", "--uses", "77").returncode == 0  # the fake reports a fresh invite then
+        assert "that invite was used" in "".join(process.stderr.readline() for _ in range(3))
+        assert grid("leave").returncode == 0
+        assert process.wait(10) == 0
+
+
+def test_leave_returns_when_the_home_is_free(grid: Grid) -> None:
+    for _ in range(3):
+        assert grid("join", "-d", *LISTEN).returncode == 0
+        assert grid("leave").returncode == 0

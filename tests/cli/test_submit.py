@@ -84,14 +84,14 @@ def test_options_arrive(peer: Grid) -> None:
     (peer.folder / "input.txt").write_text("given")
     done = peer(
         "submit", "--file", "a", "--file", "b/*.txt", "--with", "numpy", "--env", "A=1=2", "--env", "HOME", "--stdin",
-        "input.txt", "--network", "--timeout", "2h", "--task-timeout", "90s", "--retries", "2", "--seed", "-7", "--cpus",
+        "input.txt", "--network", "--timeout", "2h", "--task-timeout", "90s", "--retries", "2", "--seed", "7", "--cpus",
         "2", "--memory", "1G", "--tag", "gpu", "--tag", "big", "--replicas", "3", "--strict", "--verify", "twice", "--",
         peer.script(["options"], FINISHED),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "files": ["a", "b/*.txt"], "with": ["numpy"], "env": {"A": "1=2", "HOME": os.environ["HOME"]}, "stdin": "given",
-        "network": True, "timeout": 7200.0, "task-timeout": 90.0, "retries": 2, "seed": -7, "cpus": 2,
+        "network": True, "timeout": 7200.0, "task-timeout": 90.0, "retries": 2, "seed": 7, "cpus": 2,
         "memory": 1 << 30, "tags": ["gpu", "big"], "replicas": 3, "strict": True, "verify": "twice",
     }  # fmt: skip
 
@@ -115,6 +115,11 @@ def test_script_missing(peer: Grid) -> None:
     done = peer("submit", "nosuch.py")
     assert done.returncode == 2
     assert "no such script: nosuch.py" in error_line(done)
+
+
+def test_what_packing_has_to_say(peer: Grid) -> None:
+    done = peer("submit", "--with", "notes", peer.script(FINISHED))
+    assert done.stderr.splitlines() == [f"job {JOB}", "2 dotfiles were left out"]
 
 
 def test_prints_are_limited(peer: Grid) -> None:
@@ -256,7 +261,7 @@ def test_machine_that_never_joined_does_it_by_itself(grid: Grid) -> None:
     done = grid("submit", grid.script(["stdout", "out\n"], ["files", {"output/x": "file"}], FINISHED))
     assert done.returncode == 0
     assert done.stdout == "out\n"
-    assert "throwaway grid" in done.stderr.splitlines()[0]
+    assert "throwaway grid" in done.stderr.splitlines()[1]
     assert (grid.folder / "output/x").read_text() == "file"
     assert nothing_is_left(grid)
     assert not grid.home.exists()
@@ -318,3 +323,12 @@ def test_local_grid_ends_with_its_command(grid: Grid, number: signal.Signals) ->
     if number != signal.SIGKILL:
         assert nothing_is_left(grid)
     assert not list(grid.folder.glob("grid-*/*/identity"))
+
+
+def test_interrupted_while_the_throwaway_grid_starts(grid: Grid) -> None:
+    with grid.start("submit", "--local", "2", "--stdin", "-", grid.script(["hang"]), stdin=subprocess.PIPE) as process:
+        eventually(lambda: bool(processes_of(grid.folder)))  # it reads stdin meanwhile, which doesn't end
+        process.send_signal(signal.SIGINT)
+        assert read_line(process) == "interrupted before the job was accepted: nothing runs\n"
+        assert process.wait(10) == 130
+    assert nothing_is_left(grid)

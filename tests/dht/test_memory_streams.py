@@ -8,7 +8,8 @@ import pytest
 import trio
 from trio.abc import HalfCloseableStream
 
-from dht.memory import STREAM_BUFFER_BYTES, MemoryNetwork
+from dht.memory import MemoryNetwork
+from dht.memorystream import STREAM_BUFFER_BYTES
 
 
 async def connected(world: MemoryNetwork) -> tuple[HalfCloseableStream, HalfCloseableStream]:

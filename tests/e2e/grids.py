@@ -64,6 +64,11 @@ class Done:
         return lines[0]
 
 
+def runs(done: Done, out: str) -> None:
+    """The command ended well and printed this."""
+    assert (done.status, done.out) == (0, out), done.err
+
+
 class Command:
     """A command in the background."""
 

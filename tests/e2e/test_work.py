@@ -7,6 +7,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -174,16 +176,12 @@ def test_word_count_over_shipped_files(three: list[Peer]) -> None:
 
 
 def test_plain_python_and_submit_print_the_same(three: list[Peer]) -> None:
-    import subprocess
-    import sys
-
     peer = three[2]
     expected = write_corpus(peer.folder, files=10, words=1_000)
     done = peer.job(WORDS, "--file", "corpus")
     environment = peer.environment()
-    plain = subprocess.run(
-        [sys.executable, "job.py"], cwd=peer.folder, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "job.py"]
+    plain = subprocess.run(command, cwd=peer.folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert plain.stderr == ""
     assert (plain.returncode, plain.stdout) == (0, expected) == (done.status, done.out)
 

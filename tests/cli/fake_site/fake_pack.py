@@ -10,7 +10,14 @@ import msgspec
 
 
 class PackError(Exception):
-    """As the real one: one line for people."""
+    """As the real one."""
+
+    code = "pack"
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
 
 
 class Submission(msgspec.Struct):
@@ -20,10 +27,12 @@ class Submission(msgspec.Struct):
     argv: list[str]
     options: dict[str, Any]
     staging: str
+    notes: list[str]
 
 
 def pack(script: Path, args: Sequence[str], options: Mapping[str, Any], staging: Path) -> Submission:
     if not script.is_file():
         raise PackError(f"no such script: {script}")
     assert staging.is_dir()
-    return Submission(script.read_text(), list(args), dict(options), str(staging))
+    notes = ["2 dotfiles were left out"] if "notes" in options.get("with", ()) else []
+    return Submission(script.read_text(), list(args), dict(options), str(staging), notes)

@@ -7,7 +7,6 @@ A plan is a JSON list of steps: ["stdout", text], ["stderr", text], ["print", st
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -84,6 +83,8 @@ class FakePeer:
         return {"grid": GRID, "self": PEER, "peers": peers, "jobs": [self.summary(job) for job in self.table.values()]}
 
     async def invite(self, call: Call) -> Any:
+        if call.params["uses"] == 77:
+            self.report({"event": "invite", "invite": "grid1fresh"})
         return {"invite": Invite(b"g" * 32, b"s" * 32, int(time.time()) + 3600, ("127.0.0.1:4743",)).encode()}
 
     async def leave(self, call: Call) -> Any:
@@ -234,11 +235,10 @@ async def serve(options: JoinOptions, report: Callable[[dict[str, Any]], None]) 
         raise ExceptionGroup("nursery", [OSError(errno.EADDRINUSE, "Address already in use")])
     with home.lock():
         home.membership.touch()
+        (home.path / "settled").write_text(json.dumps([options.listen, options.slots, options.name]))
         async with trio.open_nursery() as nursery:
             peer = FakePeer(options, report, nursery.cancel_scope)
             await nursery.start(Control(home).serve, peer.handlers())
             report({"event": "ready", "grid": GRID, "peer": PEER, "address": "127.0.0.1:4743", "invite": "grid1fakeinvite"})
             report({"event": "note", "text": f"joined with {options.invite}"})
-            with contextlib.suppress(FileNotFoundError):
-                (home.path / "settled").write_text(json.dumps([options.listen, options.slots, options.name]))
             await trio.sleep_forever()
