@@ -36,6 +36,9 @@ FLUSH_S = 0.002
 """How long a submitted call may wait for company when nobody waits for its result."""
 TICK_S = 0.005
 """How long an item may wait while the generator it came from is slow to give the next."""
+PUMP_STEP_S = 0.05
+"""How late who pumps may notice that another thread took over reading; between tasks, when nothing waits, IDLE_STEP_S."""
+IDLE_STEP_S = 1.0
 FUNCTIONS_MAX = 1024
 """Functions remembered by content, so that mapping the same one again doesn't send it again."""
 UNREAD_MAX = 16
@@ -61,6 +64,8 @@ class Session:
         self._main = threading.main_thread()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._reader: threading.Thread | None = None
+        self.pumping = threading.RLock()
+        """Held by who reads the channel: two readers could each take the frame that the other one waits for."""
         self._stages: dict[int, Stage] = {}
         self._stage_count = 0
         self._occurrence_task = self.task
@@ -94,6 +99,8 @@ class Session:
 
     def _read(self) -> None:
         try:
+            with self.pumping:
+                pass  # who pumps has seen us and leaves
             while True:
                 message, body = self.channel.receive()
                 if not self.dispatch(message, body):
@@ -199,19 +206,26 @@ class Session:
 
     def pump(self, until: Callable[[], object], deadline: float | None = None) -> bool:
         """Read and dispatch frames in this thread until `until()`; False at the deadline or when a reader took over."""
-        while not until():
-            if self._reader is not None or self.error is not None:
-                return bool(until())
-            if not self.channel.ready(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                return bool(until())
-            try:
-                message, body = self.channel.receive()
-            except (ChannelClosed, wire.WireError) as error:
-                self.lose(error)
-                return bool(until())
-            if not self.dispatch(message, body):
-                self._hand_on(message, body)
-        return True
+        if self._reader is not None:
+            return bool(until())
+        with self.pumping:
+            while not until():
+                if self._reader is not None or self.error is not None:
+                    return bool(until())
+                step_s = PUMP_STEP_S if self._waits else IDLE_STEP_S
+                left_s = step_s if deadline is None else deadline - time.monotonic()
+                if not self.channel.ready(min(step_s, max(0.0, left_s))):
+                    if left_s <= 0:
+                        return bool(until())
+                    continue
+                try:
+                    message, body = self.channel.receive()
+                except (ChannelClosed, wire.WireError) as error:
+                    self.lose(error)
+                    return bool(until())
+                if not self.dispatch(message, body):
+                    self._hand_on(message, body)
+            return True
 
     @contextlib.contextmanager
     def blocking(self) -> Iterator[None]:

@@ -89,9 +89,6 @@ class Worker:
         self._clock_runs = threading.Event()
         self._seeder = Seeder(setup.seed)
         self._session = session.attach(channel, setup, self._take)
-        self._pump = self._session.pump
-        self._pumping = threading.RLock()
-        self._session.pump = self._guarded_pump  # type: ignore[method-assign]
         self._prints = Prints(channel.send, lambda: self._session.task)
         self._prints.install()
         self._reporter = Reporter(self._session, self._prints)
@@ -117,18 +114,13 @@ class Worker:
 
     # ---- frames ------------------------------------------------------------------------------------------------------
 
-    def _guarded_pump(self, until: Callable[[], object], deadline: float | None = None) -> bool:
-        """The session's pump, during which the clock does not read: it could take the very frame that is waited for."""
-        with self._pumping:
-            return self._pump(until, deadline)
-
     def _take_waiting(self) -> None:
-        """Called by the clock while a task runs: take the frames that are there."""
-        if self._pumping.acquire(blocking=False):
+        """Called by the clock while a task runs: take the frames that are there, unless the task pumps itself."""
+        if self._session.pumping.acquire(blocking=False):
             try:
-                self._pump(_never, 0.0)
+                self._session.pump(_never, 0.0)
             finally:
-                self._pumping.release()
+                self._session.pumping.release()
 
     def _take(self, message: Any, body: Any) -> None:
         """Take a frame that is none of the session's, in whichever thread read it."""

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from dht.core.invite import Invite
-
 from tests.e2e.grids import PROGRAM, Grid, Peer, until
 
 pytestmark = pytest.mark.real

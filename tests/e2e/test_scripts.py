@@ -58,7 +58,7 @@ def test_file_pattern_without_files(peer: Peer) -> None:
 
 def test_options_that_make_no_sense(peer: Peer) -> None:
     script = peer.script("print(1)")
-    for line in ("--retries -1", "--timeout soon", "--memory lots", "--env =x", "--nonsense", "--local 2 -d", "--json"):
+    for line in ("--retries -1", "--timeout soon", "--memory lots", "--env =x", "--nonsense", "--local 2 -d"):
         done = peer("submit", *line.split(), script)
         assert done.status == 2, done
         assert done.out == ""
