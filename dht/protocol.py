@@ -110,6 +110,7 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         self.named: OrderedDict[bytes, Contact] = OrderedDict()
         self._gone_s: OrderedDict[bytes, float] = OrderedDict()
         self.attention = trio.Event()
+        self.lost_s = float("-inf")  # when a contact was last found dead
         self.on_kept: Callable[[bytes], None] = lambda key: None
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -152,6 +153,7 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
             return
         state.misses, state.missed_s = state.misses + 1, trio.current_time()
         if state.misses >= MISSES_MAX:
+            self.lost_s = trio.current_time()
             self.let_go(held)
         else:
             self.suspect(held)

@@ -10,6 +10,7 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -21,6 +22,7 @@ from dht.core.records import Record
 from dht.crawling import Crawl
 from dht.network import Address
 from dht.protocol import Protocol
+from dht.routing import ID_BITS
 from dht.rpc import Unanswered
 from dht.tuning import Tuning
 
@@ -31,6 +33,9 @@ SMALL_GRID = 20
 TICK_S = 0.5
 NAMED_PER_TICK = 8
 """Contacts others named that are met in a tick: 16 a second fill a table in a minute at most."""
+ALARM_S = 5.0
+ALARM_FACTOR = 4
+"""For so long after a contact was found dead the others are pinged so much faster: deaths come in groups."""
 PINGS_AT_ONCE_MAX = 32
 BOOTSTRAPS_AT_ONCE_MAX = 16
 KEYS_PER_ROUND = 64
@@ -38,6 +43,11 @@ KEYS_PER_ROUND = 64
 STORES_PER_ROUND = 64
 """Records handed over in a round: 13 a second at most, whatever is held and whoever comes."""
 REFRESHES_PER_ROUND = 4
+EXPLORED_PER_ROUND = 4
+"""Contacts asked about buckets with few contacts in a round of discovery."""
+EMPTIEST_BUCKETS = 3
+SUBTREES_ASKED = 8
+"""Subtrees a newcomer asks about: in one more level only a 256th of all peers could hide."""
 RESPONSIBLE = 2
 """The nearest holders of a key that hand its records over; two, as one may have just died."""
 
@@ -109,6 +119,8 @@ class Upkeep:
         heard = [(protocol.rpc.states.of(c.id).heard_s, c) for c in protocol.router]
         is_small = len(heard) <= SMALL_GRID
         rate = self._tuning.pings_per_s if is_small else self._tuning.pings_per_s_large
+        if now_s - protocol.lost_s < ALARM_S:
+            rate *= ALARM_FACTOR
         due += [protocol.named.popitem(last=False)[1] for _ in range(min(NAMED_PER_TICK, len(protocol.named)))]
         old = [(at_s, c) for at_s, c in heard if now_s - at_s >= self._tuning.alive_for_s]
         old.sort(key=lambda entry: entry[0])
@@ -163,12 +175,40 @@ class Upkeep:
             except Unanswered:
                 return
         await self.look_around()
+        await self._ask_subtrees(contact)
         self._found_somebody.set()
         self.ready.set()
 
     async def look_around(self) -> None:
         """Look up the own id: the kademlia way to meet the neighbours and be met by them."""
         await self._crawl(self._protocol.source_node.id)
+
+    async def _explore(self) -> None:
+        """Ask some contacts, wherever they are, about the emptiest buckets.
+
+        A lookup would ask those nearest to the target only: if none of them knows a whole subtree, it stays unknown.
+        """
+        protocol = self._protocol
+        emptiest = sorted(protocol.router.buckets, key=len)[:EMPTIEST_BUCKETS]
+        contacts = list(protocol.router)
+        async with trio.open_nursery() as nursery:
+            for contact in protocol.rng.sample(contacts, min(EXPLORED_PER_ROUND, len(contacts))):
+                target = protocol.rng.randint(*protocol.rng.choice(emptiest).range)
+                nursery.start_soon(self._ask_about, contact, target)
+
+    async def _ask_subtrees(self, contact: Contact) -> None:
+        """On joining: ask the first contact about every subtree beside the own one, down to a small one."""
+        own = self._protocol.source_node.long_id
+        async with trio.open_nursery() as nursery:
+            for depth in range(SUBTREES_ASKED):
+                rest = self._protocol.rng.getrandbits(ID_BITS - 1 - depth)
+                target = ((own >> (ID_BITS - 1 - depth)) ^ 1) << (ID_BITS - 1 - depth) | rest
+                nursery.start_soon(self._ask_about, contact, target)
+
+    async def _ask_about(self, contact: Contact, target: int) -> None:
+        """Whom the contact names is met in time."""
+        with contextlib.suppress(Unanswered):
+            await self._protocol.call_find_node(contact, Target(target.to_bytes(20, "big")))
 
     async def _crawl(self, target: bytes) -> None:
         protocol = self._protocol
@@ -182,7 +222,7 @@ class Upkeep:
             before = len(self._protocol.router)
             if before:
                 await self.look_around()
-                await self._crawl(self._protocol.rng.randbytes(20))  # and the far side
+                await self._explore()
             grew = len(self._protocol.router) > before
             pause_s = 1.0 if grew or not before else min(2 * pause_s, self._tuning.discover_s_max)
 

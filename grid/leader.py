@@ -32,7 +32,7 @@ from grid.site import Site
 from grid.siteworker import SiteWorker
 
 OVERFLOW_RANGES_MIN = 1024
-"""Ranges in the deque below which what did not fit into it moves in: one range can't bring it over its bound then."""
+"""Ranges in the deque below which what did not fit into it moves in."""
 
 
 @dataclass(slots=True)
@@ -267,7 +267,8 @@ class Leader:
                 stage.segments.remove(segment.first)
         while self._overflow and len(self.site.deque) < OVERFLOW_RANGES_MIN:
             index, a, b = self._overflow.popleft()
-            self.site.push([Work(index, *part) for part in self.ledger.stage(index).settled.gaps(a, b)])
+            for part in self.ledger.stage(index).settled.gaps(a, b):
+                self._push(Work(index, *part))
         if self.throttled:
             for producer in list(self.throttled):
                 producer.relax()

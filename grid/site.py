@@ -373,11 +373,11 @@ class Site:
             if self._start_failures > limits.RETRIES_LOST_MAX:
                 raise
             await trio.sleep(limits.WORKER_RESTART_S)
-            return
         finally:
             self.starting -= 1
-            if child is None:
-                self.workshop.pump()
+        if child is None:
+            self.workshop.pump()
+            return
         self._token += 1
         worker = SiteWorker(child, self._token)
         self.workers.append(worker)

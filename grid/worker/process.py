@@ -187,7 +187,7 @@ class Child:
         except OSError:
             data = b""
         if not data:
-            self._linger_until = trio.current_time() + LINGER_S
+            self._linger_until = trio.current_time() + (LINGER_S if self._pipes_open else 0.0)
             return
         try:
             self._frames.extend(self._reader.feed(data))

@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from dht.contact import Contact
+from dht.contact import Contact, Target
 from dht.core.identity import peer_id
 from dht.core.invite import make_invite
 from dht.core.membership import ROLES, Membership, MembershipError
@@ -144,6 +144,20 @@ async def test_a_split_grid_meets_again_when_the_link_heals(autojump_clock: Mock
         await until(lambda: all(grid.knows(n) == 2 for n in grid.nodes), 20)
         grid.memory.heal()
         await grid.complete(60)
+        nursery.cancel_scope.cancel()
+
+
+async def test_no_subtree_of_ids_stays_unknown(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that all know only their own side of the id space never find the other by lookups alone."""
+    monkeypatch.setitem(Protocol.__init__.__kwdefaults__, "k", 6)  # as 200 peers with the usual buckets
+    async with trio.open_nursery() as nursery:
+        grid = memory_grid(nursery, latency_s=0.01, jitter_s=0.04)
+        await grid.start_all(60)
+        await trio.sleep(20)
+        ids = [Target(node.membership.identity.id) for node in grid.nodes.values()]
+        for node in grid.nodes.values():
+            for bucket in protocol_of(node).router.buckets:
+                assert len(bucket) or sum(map(bucket.has_in_range, ids)) < 3
         nursery.cancel_scope.cancel()
 
 

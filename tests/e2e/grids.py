@@ -1,11 +1,12 @@
 """Real peers on loopback, each with a home of its own, and the program `grid` run against them as a user would.
 
-Rules: every wait has a deadline; every process is in a session of its own and is killed with it when the grid closes,
-whatever happened; nothing of the user's own home is touched.
+Rules: every wait has a deadline; every process is killed with all its children when the grid closes, whatever happened;
+nothing of the user's own home is touched.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -21,9 +22,10 @@ from typing import Any, TypeVar
 
 PROGRAM = [sys.executable, "-P", "-c", "import sys; from cli.main import main; sys.exit(main())"]
 ROOT = Path(__file__).resolve().parents[2]
-READY_S = 20.0
+READY_S = 40.0
 """A peer serves in about half a second; a loaded machine may need many times that."""
 COMMAND_S = 60.0
+CHILDREN_END_S = 5.0
 POLL_S = 0.02
 DROPPED_PREFIXES = ("GRID_", "PYTEST_", "PYTHON", "NO_COLOR", "FORCE_COLOR", "COV_")
 """Variables of the tests' own environment that a user's shell would not have."""
@@ -154,26 +156,32 @@ class Peer:
         return str(self("invite", "--json").json["invite"])
 
     def kill(self) -> None:
-        """SIGKILL to the peer alone: nobody tells its children or the others."""
+        """SIGKILL to the peer alone: nobody tells its children or the others. Its children must end all the same."""
         assert self.process is not None
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait(READY_S)
+        self.end(lambda process: process.kill())
 
-    def stop(self) -> int:
-        """SIGTERM; returns its exit status."""
+    def stop(self) -> None:
+        """SIGTERM: it and all its children end."""
+        self.end(lambda process: process.terminate())
+
+    def end(self, how: Callable[[subprocess.Popen[str]], object]) -> None:
+        """End the peer in some way, and see that nothing of it is left."""
         assert self.process is not None
-        self.process.terminate()
-        return self.process.wait(READY_S)
+        processes = self.processes()
+        self._grid.orphans += processes
+        how(self.process)
+        self.process.wait(READY_S)
+        until(lambda: not any(pid.lives for pid in processes), CHILDREN_END_S, "the peer's children end")
 
     @property
     def running(self) -> bool:
         """The process has not ended."""
         return self.process is not None and self.process.poll() is None
 
-    def descendants(self) -> list[int]:
-        """Processes of the peer's session."""
+    def processes(self) -> list[Pid]:
+        """The peer's process and all its children's."""
         assert self.process is not None
-        return session_members(self.process.pid)
+        return tree(self.process.pid)
 
     # ---- commands ----
 
@@ -241,19 +249,15 @@ class Grid:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.processes: list[subprocess.Popen[str]] = []
+        self.orphans: list[Pid] = []
         self.peers: list[Peer] = []
 
     def __enter__(self) -> Grid:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for process in self.processes:
-            for pid in {process.pid, *session_members(process.pid)}:
-                try:
-                    if pid != process.pid or process.poll() is None:
-                        os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+        for pid in [*self.orphans, *(pid for process in self.processes if process.poll() is None for pid in tree(process.pid))]:
+            pid.send(signal.SIGKILL)
         for process in self.processes:
             process.wait(READY_S)
             for pipe in (process.stdout, process.stderr):
@@ -275,15 +279,45 @@ class Grid:
         return self.home().start(*words, through.invite, slots=slots)
 
 
-def session_members(session: int) -> list[int]:
-    """Living processes of a session, found in /proc."""
-    found = []
+@dataclass(frozen=True)
+class Pid:
+    """A process, told from a later one of the same number."""
+
+    number: int
+    started: str
+
+    @property
+    def lives(self) -> bool:
+        """It runs still, and is no zombie."""
+        return _stat(self.number)[1:] == (self.started, True)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it still runs."""
+        if self.lives:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.number, number)
+
+
+def tree(root: int) -> list[Pid]:
+    """A process and all that descend from it, whatever session they are in."""
+    children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            try:
-                state, _parent, _group, its_session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if int(its_session) == session and state != "Z":
-                found.append(int(entry.name))
+            children.setdefault(_stat(int(entry.name))[0], []).append(int(entry.name))
+    found, left = [], [root]
+    while left:
+        number = left.pop()
+        _, started, lives = _stat(number)
+        if lives:
+            found.append(Pid(number, started))
+        left += children.get(number, [])
     return found
+
+
+def _stat(number: int) -> tuple[int, str, bool]:
+    """A process's parent, start time, and whether it runs."""
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, "", False
+    return int(fields[1]), fields[19], fields[0] not in "ZX"

@@ -251,7 +251,6 @@ def test_leader_killed_fails_its_job_and_says_so(grid: Grid) -> None:
     failed = second("wait", job, within_s=40)
     assert failed.status == 125
     assert "can't be reached" in failed.error
-    until(lambda: not first.descendants(), 5, "driver and workers end with their peer")
     first.start()
     assert first.show(job)["state"] == "failed"
     assert "stopped" in first.show(job)["error"]
@@ -319,9 +318,6 @@ def test_signals_end_a_peer_in_good_order(grid: Grid) -> None:
     peer = grid.found()
     job = peer.detached(ENDLESS)
     until(lambda: state(peer, job) == "running", 5, "the job runs")
-    assert peer.process is not None
-    peer.process.send_signal(signal.SIGINT)
-    peer.process.wait(10)
-    assert peer.descendants() == []
+    peer.end(lambda process: process.send_signal(signal.SIGINT))
     peer.start()
     assert state(peer, job) == "failed"
