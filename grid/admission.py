@@ -7,6 +7,7 @@ uses are counted over all members' records, so an invite may be overspent only w
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -14,24 +15,25 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from dht.core import codec
+from dht import grants
 from dht.core.identity import peer_id
 from dht.core.invite import Grant, InviteError, check_grant, make_invite
 from dht.core.membership import ROLES, Chain, Membership, MembershipError, Role
+from dht.core.records import RecordError
 from grid.api.client import ControlError
 from grid.transport.errors import RemoteError
 
 if TYPE_CHECKING:
     from dht.node import Node
 
-GRANT: Final = "grant"
-SPENT: Final = "spent"
+USED: Final = "this invite has been used: ask for a new one (`grid invite` prints it)"
 LIFETIME_S_MAX: Final = 30 * 86_400
 ADDRESSES: Final = 3
 """In one invite: this peer's and two others', as any of them may be gone when it is used."""
 GRANTS_MAX: Final = 256
-"""Invites of this peer that are remembered."""
+"""Invites of this peer that are remembered, and used ones."""
 LOOKUP_S: Final = 3.0
+log = logging.getLogger(__name__)
 
 
 class Admission:
@@ -43,7 +45,7 @@ class Admission:
         self._addresses = addresses
         self._used = used
         self._grants: dict[bytes, Grant] = {}
-        self._spent: dict[bytes, set[bytes]] = {}
+        self._used_by: dict[bytes, set[bytes]] = {}  # here, by invite: the joiners' keys
         self._lock = trio.Lock()
 
     async def invite(self, role: str, uses: int, expires_s: float, same_owner: bool) -> str:
@@ -63,7 +65,10 @@ class Admission:
         while len(self._grants) > GRANTS_MAX:
             self._grants.pop(next(iter(self._grants)))
         with trio.move_on_after(LOOKUP_S):
-            await self._node.publish(GRANT, peer_id(grant.key), codec.encode(grant), lifetime_s)
+            try:
+                await grants.publish_grant(self._node, grant)
+            except RecordError as error:  # too many are published: this peer alone can admit with it
+                log.info("the invite is known to this peer alone: %s", error)
         return invite.encode()
 
     async def admit(self, invite: bytes, key: bytes) -> Chain:
@@ -72,7 +77,10 @@ class Admission:
             raise RemoteError("unknown", "the peer at that address may not admit others")
         now_s = time.time()
         async with self._lock:
-            grant = self._grants.get(invite) or await self._find(invite, now_s)
+            grant = self._grants.get(invite)
+            if grant is None:
+                with trio.move_on_after(LOOKUP_S):
+                    grant = await grants.find_grant(self._node, invite)
             if grant is None:
                 raise RemoteError("unknown", "no peer here knows this invite: ask for a new one (`grid invite` prints it)")
             try:
@@ -80,39 +88,26 @@ class Admission:
             except MembershipError as error:
                 code = "expired" if grant.expires_s <= now_s else "refused"
                 raise RemoteError(code, f"{error}") from None
-            spent = self._spent.setdefault(invite, set()) | await self._spent_elsewhere(invite)
-            if key not in spent and len(spent) >= grant.uses:
-                raise RemoteError("used", "this invite has been used: ask for a new one (`grid invite` prints it)")
-            owner = grant.owner or bytes(peer_id(key))
+            used = self._used_by.setdefault(invite, set())
+            if key not in used and len(used) >= grant.uses:
+                raise RemoteError("used", USED)
             try:
-                chain = self._membership.admit(key, Role(grant.roles), owner, now_s)
+                chain = self._membership.admit(key, Role(grant.roles), grant.owner or bytes(peer_id(key)), now_s)
             except MembershipError as error:
                 raise RemoteError("refused", f"the peer at that address can't admit with this invite: {error}") from None
-            self._spent[invite].add(key)
-            with trio.move_on_after(LOOKUP_S):
-                value = codec.encode(tuple(sorted(self._spent[invite])))
-                await self._node.publish(SPENT, peer_id(invite), value, max(60, int(grant.expires_s - now_s)))
+            await self._spend(grant, key)
+            used.add(key)
+            while len(self._used_by) > GRANTS_MAX:
+                self._used_by.pop(next(iter(self._used_by)))
         self._used()
         return chain
 
-    async def _find(self, invite: bytes, now_s: float) -> Grant | None:
+    async def _spend(self, grant: Grant, key: bytes) -> None:
+        """Count the use over all members, as far as they can be seen. Raises RemoteError when it was used up elsewhere."""
         with trio.move_on_after(LOOKUP_S):
-            for record in await self._node.lookup(peer_id(invite), GRANT):
-                try:
-                    grant = codec.decode(record.value, Grant)
-                    check_grant(self._membership.grid, grant, now_s, self._membership.revoked)
-                except (codec.CodecError, MembershipError):
-                    continue
-                if grant.key == invite:
-                    return grant
-        return None
-
-    async def _spent_elsewhere(self, invite: bytes) -> set[bytes]:
-        spent: set[bytes] = set()
-        with trio.move_on_after(LOOKUP_S):
-            for record in await self._node.lookup(peer_id(invite), SPENT):
-                try:
-                    spent.update(codec.decode(record.value, tuple[bytes, ...]))
-                except codec.CodecError:
-                    continue
-        return spent
+            try:
+                await grants.spend(self._node, grant, key)
+            except MembershipError:
+                raise RemoteError("used", USED) from None
+            except RecordError as error:
+                log.info("an invite's use can't be published: %s", error)

@@ -144,12 +144,17 @@ class Giver:
         refs: list[SegmentRef] = []
         inline: list[bytes] = []
         works: list[Work] = []
+        packed: dict[tuple[int, int], bool] = {}
         for work in taken:
             for segment, part in site.pieces(work):
-                packed = await self._segment(work.stage, segment)
-                if packed is not None:
-                    refs.append(packed[0])
-                    inline.append(packed[1])
+                key = (work.stage, segment.first)
+                if key not in packed:
+                    found = await self._segment(work.stage, segment)
+                    packed[key] = found is not None
+                    if found is not None:
+                        refs.append(found[0])
+                        inline.append(found[1])
+                if packed[key]:
                     _append(works, part)
         if not works or number not in self._given:
             return None
@@ -192,6 +197,8 @@ class Giver:
                 held.blob = bodies.hash_of(held.body)
             else:
                 held.blob = await self._data.put("", bodies.read(held.body))
+                if self._site.stages[stage].held.get(segment.first) is not held:
+                    return None
         data = b""
         if segment.size <= limits.SEGMENT_INLINE_BYTES and held.body is not None:
             data = bodies.read(held.body)

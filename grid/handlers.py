@@ -18,6 +18,7 @@ import trio
 
 from dht.core import codec
 from dht.core.codec import CodecError
+from dht.node import Unanswered
 from grid.api.client import ControlError
 from grid.config import format_address
 from grid.control import Call, Handler
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 STATUS_PEERS_MAX: Final = 1_000
 STATUS_S: Final = 2.0
 """For all peers' answers: what has not answered then is shown as silent."""
+STATUS_JOBS_MAX: Final = 100
 JOBS_PEERS_MAX: Final = 32
 """Peers asked for their jobs."""
 FILE_BYTES: Final = 1 << 20
@@ -61,16 +63,21 @@ class Handlers:
         peer = self._peer
         contacts = [contact for contact in await peer.node.crawl() if contact.id != peer.me][:STATUS_PEERS_MAX]
         rows: dict[bytes, dict[str, Any]] = {}
+        jobs: list[dict[str, Any]] = []
+
+        async def ask_jobs() -> None:
+            jobs.extend(await self._all_jobs({row["leader"] for row in peer.jobs.known().values()}))
 
         async def ask(contact: Any) -> None:
             row = {"id": contact.id.hex(), "address": format_address(contact.address)}
             try:
                 rows[contact.id] = row | _peer_row(await peer.node.ask_info(contact, STATUS_S))
-            except (OSError, trio.TooSlowError, CodecError, TimeoutError):
+            except (OSError, Unanswered, CodecError):
                 rows[contact.id] = row | _silent_row()
 
         with trio.move_on_after(STATUS_S):
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask_jobs)
                 for contact in contacts:
                     nursery.start_soon(ask, contact)
         own = {"id": peer.me.hex(), "address": peer.addresses()[0]} | _peer_row(peer.info())
@@ -79,7 +86,7 @@ class Handlers:
             "grid": peer.membership.grid.hex(),
             "self": peer.me.hex(),
             "peers": [own, *sorted(rest, key=lambda row: (row["name"], row["id"]))],
-            "jobs": list(peer.jobs.known().values())[:100],
+            "jobs": (jobs or list(peer.jobs.known().values()))[:STATUS_JOBS_MAX],
         }
 
     async def invite(self, call: Call) -> Any:
@@ -297,15 +304,20 @@ class Handlers:
 
     async def jobs(self, call: Call) -> Any:
         """All jobs that this peer or any it can reach knows."""
-        table = {row["id"]: row for row in await self._jobs_elsewhere()}
+        return await self._all_jobs(None)
+
+    async def _all_jobs(self, leaders: set[str] | None) -> list[dict[str, Any]]:
+        """Newest first, each as its leader has it, where that answers. `leaders`: ask only those peers (hex)."""
+        table = {row["id"]: row for row in await self._jobs_elsewhere(leaders)}
         for job, row in self._peer.jobs.known().items():
             known = table.get(job.hex())
             if known is None or row["leader"] == self._peer.me.hex() or (row["state"] in FINAL) > (known["state"] in FINAL):
                 table[job.hex()] = row
         return sorted(table.values(), key=lambda row: -row["submitted_s"])
 
-    async def _jobs_elsewhere(self) -> list[dict[str, Any]]:
+    async def _jobs_elsewhere(self, leaders: set[str] | None = None) -> list[dict[str, Any]]:
         peer = self._peer
+        contacts = [c for c in peer.node.contacts() if c.id != peer.me and (leaders is None or c.id.hex() in leaders)]
         found: dict[str, dict[str, Any]] = {}
 
         async def ask(contact: Any) -> None:
@@ -319,7 +331,7 @@ class Handlers:
 
         with trio.move_on_after(STATUS_S):
             async with trio.open_nursery() as nursery:
-                for contact in [c for c in peer.node.contacts() if c.id != peer.me][:JOBS_PEERS_MAX]:
+                for contact in contacts[:JOBS_PEERS_MAX]:
                     nursery.start_soon(ask, contact)
         return list(found.values())
 

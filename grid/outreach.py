@@ -267,7 +267,7 @@ class Outreach:
         self._post.post(peer, Accepted(self._job, taken.through, session))
 
     def _on_cancel(self, stage: int, lo: int, hi: int) -> None:
-        if any(self.leader.claims.held(peer, stage).intersect(lo, hi) for peer in self.leader.claims.peers()):
+        if any(self.leader.claims.held(peer, stage).touches(lo, hi) for peer in self.leader.claims.peers()):
             self._cancelled.setdefault(stage, RangeSet()).add(lo, hi)
 
     def _drop(self) -> None:

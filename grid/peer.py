@@ -23,6 +23,7 @@ from typing import Any
 import trio
 
 import grid
+from dht import grants
 from dht.core import codec
 from dht.core.identity import Identity, PeerId
 from dht.core.invite import Invite, InviteError
@@ -201,6 +202,7 @@ class Peer:
             state_path=self.home.contacts,
             info=self.info,
         )
+        grants.register(self.node)
         await nursery.start(functools.partial(self.node.run, bootstrap=self._bootstrap))
 
     def _wire(self, nursery: trio.Nursery, store: BlobStore) -> None:

@@ -112,9 +112,13 @@ class Remote:
 
     async def take(self, giver: PeerId, give: Give) -> int:
         """A grant arrived. Returns its number of tasks. Raises RefusedError, BadSignature, CodecError: nothing was taken."""
+        functions = dict(give.functions)
         for signed in give.declarations:
             declaration = check_declaration(signed, self.job, self.epoch, self.leader)
-            fn = self.site.add_function(declaration.function, dict(give.functions).get(declaration.function))
+            code = functions.get(declaration.function)
+            if code is not None and bodies.hash_of(code) != declaration.function:
+                raise RefusedError("a function that is not what was signed")
+            fn = self.site.add_function(declaration.function, code)
             self.site.add_stage(declaration.stage, declaration.options, fn)
             if self.site.functions[fn] is None:
                 path = await self._data.path(declaration.function, declaration.function_size, [giver, self.leader])
@@ -365,11 +369,11 @@ class Remote:
         held = self.site.held()
         for work in self.giver.held():
             held.setdefault(work.stage, RangeSet()).add(work.lo, work.hi)
+        nothing = RangeSet()
         for work in ranges:
-            stage = self.site.stages[work.stage]
-            mine = held.get(work.stage, RangeSet())
-            for segment in stage.segments.overlapping(work.lo, work.hi):
-                if not mine.intersect(segment.first, segment.end):
+            mine = held.get(work.stage, nothing)
+            for segment in self.site.stages[work.stage].segments.overlapping(work.lo, work.hi):
+                if not mine.touches(segment.first, segment.end):
                     self.site.forget(work.stage, segment.first, segment.end)
 
     def _drop_sent(self, sent: _Sent) -> None:

@@ -344,7 +344,7 @@ class FrameReader:
                 with memoryview(buffer) as view:
                     try:
                         message = self._decoder.decode(view[start + PREFIX.size : header_end])
-                    except msgspec.MsgspecError as error:
+                    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                         raise WireError(f"not a message: {error}") from None
                     body = bytes(view[header_end:end])
                 start = end

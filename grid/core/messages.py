@@ -236,5 +236,5 @@ def decode(data: bytes) -> AnyMessage:
     """Raises codec.CodecError on anything that is no message."""
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter from a text that is no UTF-8
         raise codec.CodecError(f"not a message: {error}") from None

@@ -97,6 +97,11 @@ class RangeSet:
         at = bisect_right(self._lows, lo) - 1
         return at >= 0 and hi <= self._highs[at]
 
+    def touches(self, lo: int, hi: int) -> bool:
+        """Whether any of [lo, hi) is in the set."""
+        first, last = self._overlapping(lo, hi)
+        return first < last
+
     def gaps(self, lo: int, hi: int) -> list[Range]:
         """The parts of [lo, hi) that are missing, in order."""
         missing = []

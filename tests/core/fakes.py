@@ -251,6 +251,7 @@ class FakeData:
         self.fetched: list[bytes] = []
         self.blobs: dict[bytes, bytes] = {} if blobs is None else blobs
         self.lost = False
+        self.gate: trio.Event | None = None
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -264,6 +265,8 @@ class FakeData:
 
     async def put(self, path: str, data: bytes, durable: bool = False) -> bytes:
         await trio.lowlevel.checkpoint()
+        if self.gate is not None:
+            await self.gate.wait()
         if path:
             data = Path(path).read_bytes()
             Path(path).unlink()

@@ -101,3 +101,10 @@ def test_reversed_range_is_an_error_and_changes_nothing() -> None:
 def test_compact_form_is_deltas() -> None:
     assert RangeSet([(5, 10), (12, 13)]).to_compact() == (5, 5, 2, 1)
     assert RangeSet().to_compact() == ()
+
+
+def test_touches_is_whether_they_share_an_integer() -> None:
+    ranges = RangeSet([(2, 4), (8, 10)])
+    for lo in range(12):
+        for hi in range(lo, 12):
+            assert ranges.touches(lo, hi) == bool(ranges.intersect(lo, hi))
