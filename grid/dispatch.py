@@ -29,6 +29,7 @@ from grid.core.messages import (
     Drop,
     FindBlob,
     GrantTaken,
+    Have,
     Holders,
     JobNews,
     JobsWanted,
@@ -106,7 +107,7 @@ class Dispatch:
                 self._peer.gossip.wanted(peer)
             case Poke(job=job):
                 self._peer.helping.poked(JobId(job), peer)
-            case Claims() | Completed() | Printed() | Relay() | RelayClosed() | GrantTaken() | Accepted() | Drop():
+            case Claims() | Completed() | Printed() | Have() | Relay() | RelayClosed() | GrantTaken() | Accepted() | Drop():
                 await self._about_job(peer, message)
             case _:
                 raise RefusedError(f"{type(message).__name__} is no message of its own")

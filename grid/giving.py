@@ -174,9 +174,7 @@ class Giver:
                 functions[digest] = bodies.read(body)
             else:
                 await self._data.put("", bodies.read(body))
-        paces = tuple(
-            (index, int(pace * 1e6)) for index in stages if (pace := site.stages[index].pace.per_task_s) is not None
-        )
+        paces = tuple((index, int(pace * 1e6)) for index in stages if (pace := site.stages[index].pace.per_task_s) is not None)
         attempts = tuple(
             (work.stage, index, attempt)
             for work in works

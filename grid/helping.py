@@ -224,9 +224,7 @@ class Helping:
 
         async def find(blob: bytes) -> list[PeerId]:
             try:
-                answer = decode(
-                    await self._mesh.request(helper.leader, encode(FindBlob(job, blob)), limits.STEAL_TIMEOUT_S)
-                )
+                answer = decode(await self._mesh.request(helper.leader, encode(FindBlob(job, blob)), limits.STEAL_TIMEOUT_S))
             except (TransportError, CodecError, trio.TooSlowError):
                 return [helper.leader]
             found = [PeerId(peer) for peer in answer.peers] if isinstance(answer, Holders) else []

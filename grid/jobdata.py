@@ -44,6 +44,7 @@ class JobData:
         self.manifest: Path | None = None
         self.local_inputs: Path | None = None
         self.fetched: list[bytes] = []
+        self.stored: Callable[[bytes], None] = lambda blob: None  # told what children put, before they may name it
         self._fetcher = fetcher
         self._find = find
 
@@ -84,7 +85,9 @@ class JobData:
         try:
             match message:
                 case wire.Put(id_, path):
-                    reply = wire.Reply(id_, text=(await self.put(path, data)).hex())
+                    blob = await self.put(path, data)
+                    self.stored(blob)
+                    reply = wire.Reply(id_, text=blob.hex())
                 case wire.Fetch(id_, ref, size):
                     reply = wire.Reply(id_, path=str(await self.path(bytes.fromhex(ref), size)))
                 case wire.OpenInput(id_, name):

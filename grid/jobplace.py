@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from grid.worker.pool import JobProcesses
 
 
-
 @dataclass(frozen=True)
 class Services:
     """What a peer offers to its jobs."""
@@ -102,9 +101,7 @@ async def open_place(
             name=services.name,
         )
         memory = spec.options.memory_bytes or services.memory_bytes // max(1, services.workshop.slots)
-        processes = await services.workshop.pool.open_job(
-            setup=setup, environment=environment, memory_bytes_max=memory or None
-        )
+        processes = await services.workshop.pool.open_job(setup=setup, environment=environment, memory_bytes_max=memory or None)
 
         async def fetch(stage: SiteStage, held: Held) -> None:
             await fetch_segment(data, stage, held)

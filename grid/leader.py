@@ -111,9 +111,7 @@ class Leader:
         self.changed()
         return stage
 
-    def add_page(
-        self, stage: StageState, first: int, pieces: list[tuple[int, int, tuple[bytes, ...]]], body: Body
-    ) -> None:
+    def add_page(self, stage: StageState, first: int, pieces: list[tuple[int, int, tuple[bytes, ...]]], body: Body) -> None:
         """Declare a page's tasks and queue them."""
         lo, hi = self.ledger.add_segments(stage.index, first, pieces)
         if lo == hi or stage.cancelled:
@@ -185,9 +183,7 @@ class Leader:
         """A task on a peer wrote something."""
         self._print(peer, stage, index, fd, data)
 
-    def relay_from(
-        self, key: object, post: Callable[[wire.ToChild, Body], None], message: wire.Message, body: Body
-    ) -> None:
+    def relay_from(self, key: object, post: Callable[[wire.ToChild, Body], None], message: wire.Message, body: Body) -> None:
         """A frame of a task's child stages. Raises RefusedError."""
         producer = self._children.get(key)
         if producer is None:
@@ -294,9 +290,7 @@ class Leader:
         return sum(stage.unsettled for stage in self.ledger.stages)
 
 
-def post_body(
-    spool: bodies.Spool, post: Callable[[wire.ToChild, bytes], None], message: wire.ToChild, body: Body
-) -> None:
+def post_body(spool: bodies.Spool, post: Callable[[wire.ToChild, bytes], None], message: wire.ToChild, body: Body) -> None:
     """Send a frame to a local child, its body inline where it fits, else as a file that the child then owns."""
     if bodies.size_of(body) <= wire.INLINE_BYTES_MAX and not (isinstance(body, FileSlice) and body.whole):
         post(message, bodies.read(body))

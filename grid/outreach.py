@@ -36,6 +36,7 @@ from grid.core.messages import (
     Completed,
     Drop,
     GrantTaken,
+    Have,
     Message,
     Nothing,
     Poke,
@@ -54,8 +55,8 @@ if TYPE_CHECKING:
 
 FETCHES_MAX = 16
 """Large results fetched from thieves at once."""
-BLOBS_WATCHED_MAX = 4_096
-"""Blobs whose holders are remembered."""
+BLOBS_WATCHED_MAX = 1 << 16
+"""Blobs whose holders are remembered: what tasks `put` is to be had from there only. About 20 MB when full."""
 SESSIONS_MAX = 4_096
 """Peers' sessions whose batches are remembered; of those longest silent a batch may be counted as executed twice."""
 DROP_RANGES_MAX = 4_096
@@ -150,6 +151,9 @@ class Outreach:
             case Printed(lines=lines):
                 for stage, index, fd, data in lines:
                     self.leader.print_from(peer, stage, index, fd, data)
+            case Have(blobs=blobs):
+                for blob in blobs[: limits.HAVE_MAX]:
+                    self.holds(peer, blob)
             case Relay():
                 await self._relay(peer, message)
             case RelayClosed(token=token):
@@ -236,9 +240,7 @@ class Outreach:
         except RefusedError as error:
             log.debug("a failure of %s was refused: %s", peer.hex()[:8], error)
 
-    async def _fetch_results(
-        self, peer: PeerId, taken: _Taken, completion: Completion, results: list[ResultRange]
-    ) -> None:
+    async def _fetch_results(self, peer: PeerId, taken: _Taken, completion: Completion, results: list[ResultRange]) -> None:
         """Bring large results here. One that is not to be had runs again: nobody claims it any more."""
         try:
             for result in results:

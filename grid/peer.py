@@ -25,22 +25,22 @@ import trio
 import grid
 from dht import grants
 from dht.core import codec
-from dht.core.identity import Identity, PeerId
-from dht.core.invite import Invite, InviteError
-from dht.core.membership import Chain, Membership, MembershipError, Role
+from dht.core.identity import PeerId
+from dht.core.membership import Membership, Role
 from dht.network import Address, Network, RealNetwork
 from dht.node import Node
 from grid.admission import Admission
 from grid.api.client import ControlError
 from grid.blobs.fetch import Fetcher
 from grid.blobs.store import BlobStore
-from grid.config import ConfigError, Home, JoinOptions, format_address, parse_address, write_file
+from grid.config import ConfigError, Home, JoinOptions, format_address, parse_address
 from grid.control import Control
 from grid.core import limits
 from grid.core.board import Board
 from grid.core.job import FINAL, JobId, JobSpec, SignedSpec, job_id
 from grid.core.messages import JobNews
 from grid.dispatch import Dispatch
+from grid.enrolment import enrol, identity_of, save
 from grid.gossip import Gossip
 from grid.handlers import Handlers
 from grid.helping import Helping
@@ -50,9 +50,7 @@ from grid.leadjob import LeadJob
 from grid.outreach import Outreach
 from grid.post import PostOffice
 from grid.renewal import Renewal
-from grid.transport.errors import JoinError
 from grid.transport.hello import HelloInfo
-from grid.transport.join import join
 from grid.transport.mesh import Mesh
 from grid.worker.pool import WorkerPool
 from grid.workshop import Workshop
@@ -87,7 +85,7 @@ class Peer:
         self.report = report
         self.network = network
         self.rng = random.Random(secrets.randbits(64))
-        self.identity = _identity(home)
+        self.identity = identity_of(home)
         self.me = self.identity.id
         self.board = Board()
         self.stop = trio.CancelScope()
@@ -112,7 +110,7 @@ class Peer:
 
     async def run(self) -> None:
         """Serve until cancelled or `stop` is."""
-        await self._become_member()
+        self.membership, self._bootstrap = await enrol(self.home, self.options.invite, self.identity, self.network)
         store = BlobStore(self.home.blobs, _quota(self.home.blobs))
         pool = WorkerPool(spare_zygotes=1 if self.slots else 0)
         workshop = Workshop(pool, self.slots, self.options.tags or ())
@@ -141,32 +139,6 @@ class Peer:
                 await nursery.start(Control(self.home).serve, Handlers(self).table())
                 await self._ready()
                 await trio.sleep_forever()
-
-    async def _become_member(self) -> None:
-        """Load the membership, or join, or found a grid. Raises ControlError."""
-        saved = _load_membership(self.home, self.identity)
-        invite = _invite(self.options.invite) if self.options.invite else None
-        if saved is not None:
-            if invite is not None and invite.grid != saved[0].grid:
-                raise ControlError(
-                    "other-grid",
-                    f"this home belongs to grid {saved[0].grid.hex()[:8]}, the invite to grid {invite.grid.hex()[:8]}",
-                    "join it from another home: grid join --home DIR; or leave the old grid: grid leave --forget",
-                )
-            self.membership, known = saved
-            self._bootstrap = [*(_address(text) for text in (invite.addresses if invite else ())), *known]
-            return
-        if invite is not None:
-            try:
-                membership, known = await join(self.network, invite, self.identity, time.time())
-            except JoinError as error:
-                raise ControlError(error.code, str(error)) from None
-            self.membership, self._bootstrap = membership, known
-        else:
-            root = Identity.generate()
-            write_file(self.home.path / "root", root.seed)
-            self.membership = Membership.found(self.identity, root, time.time())
-        _save_membership(self.home, self.membership, self._bootstrap)
 
     async def _listen(self, nursery: trio.Nursery, store: BlobStore) -> None:
         """Start the DHT and the mesh on one port number. Raises OSError (port taken) as ConfigError."""
@@ -239,7 +211,7 @@ class Peer:
             self.membership,
             self.mesh,
             self.home.path / "root",
-            lambda: _save_membership(self.home, self.membership, self._bootstrap),
+            lambda: save(self.home, self.membership, self._bootstrap),
             self.rng,
         )
         self.admission = Admission(self.membership, self.node, self.addresses, self._invite_used)
@@ -402,51 +374,6 @@ class Peer:
             await trio.sleep(limits.ANNOUNCE_S)
             for lead in list(self.jobs.led.values()):
                 lead.news()
-
-
-def _identity(home: Home) -> Identity:
-    try:
-        return Identity.from_seed(home.identity.read_bytes())
-    except FileNotFoundError:
-        identity = Identity.generate()
-        write_file(home.identity, identity.seed)
-        return identity
-    except ValueError as error:
-        raise ConfigError("home-damaged", f"the identity in {home.path} is damaged: {error}", "join from a new home") from None
-
-
-def _load_membership(home: Home, identity: Identity) -> tuple[Membership, list[Address]] | None:
-    """The membership and the addresses known when it was granted: the DHT's own list may not have been written yet."""
-    try:
-        grid_id, chain, known = codec.decode(home.membership.read_bytes(), tuple[bytes, Chain, tuple[Address, ...]])
-    except FileNotFoundError:
-        return None
-    except codec.CodecError as error:
-        raise ConfigError("home-damaged", f"the membership in {home.path} is damaged: {error}", "join anew") from None
-    try:
-        membership = Membership(grid_id, identity, chain)
-        membership.check(chain, time.time())
-    except MembershipError as error:
-        hint = "ask for an invite and join again after: grid leave --forget"
-        raise ConfigError("not-a-member", f"this home is no member of its grid any more: {error}", hint) from None
-    return membership, list(known)
-
-
-def _save_membership(home: Home, membership: Membership, known: list[Address]) -> None:
-    write_file(home.membership, codec.encode((membership.grid, membership.chain, tuple(known))))
-
-
-def _invite(text: str) -> Invite:
-    try:
-        invite = Invite.decode(text)
-        invite.check(time.time())
-    except InviteError as error:
-        raise ControlError("invite", str(error)) from None
-    return invite
-
-
-def _address(text: str) -> Address:
-    return parse_address(text)
 
 
 def _dialable(address: Address) -> Address:

@@ -78,9 +78,7 @@ class PostOffice:
         finally:
             del self._queues[peer]
 
-    def post_frame(
-        self, peer: PeerId, data: JobData, job: JobId, token: int, frame: wire.Message, body: Body
-    ) -> None:
+    def post_frame(self, peer: PeerId, data: JobData, job: JobId, token: int, frame: wire.Message, body: Body) -> None:
         """Queue a frame of a child's channel; a long body goes as a blob of this peer."""
 
         async def make() -> Message:

@@ -58,9 +58,7 @@ class Producer:
         match message:
             case wire.Define(fn, name):
                 if bodies.size_of(body) > limits.FUNCTION_BYTES_MAX:
-                    raise RefusedError(
-                        f"the function {name} is over {limits.FUNCTION_BYTES_MAX >> 20} MiB with what it captured"
-                    )
+                    raise RefusedError(f"the function {name} is over {limits.FUNCTION_BYTES_MAX >> 20} MiB with what it captured")
                 self._functions[fn] = (bodies.hash_of(body), body, name)
             case wire.Stage():
                 self._open(message)
@@ -121,10 +119,7 @@ class Producer:
 
     def _throttle(self, stage: StageState) -> None:
         over = stage.unsettled > limits.TASKS_AHEAD_MAX or self._leader.argument_bytes > limits.ARGUMENT_BYTES_AHEAD_MAX
-        low = (
-            stage.unsettled < limits.TASKS_AHEAD_MAX // 2
-            and self._leader.argument_bytes < limits.ARGUMENT_BYTES_AHEAD_MAX // 2
-        )
+        low = stage.unsettled < limits.TASKS_AHEAD_MAX // 2 and self._leader.argument_bytes < limits.ARGUMENT_BYTES_AHEAD_MAX // 2
         if over and stage.index not in self._throttled:
             self._throttled.add(stage.index)
             self._leader.throttled.add(self)

@@ -31,6 +31,7 @@ from grid.core.messages import (
     Drop,
     Give,
     GrantTaken,
+    Have,
     Message,
     Nothing,
     Printed,
@@ -77,6 +78,7 @@ class Remote:
         self.heard_s = trio.current_time()
         self.blocked = ""
         self._data = data
+        data.stored = lambda blob: post.post(leader, Have(job, (blob,)))
         self._identity = identity
         self._me = me
         self._post = post
@@ -279,9 +281,7 @@ class Remote:
         held = tuple((stage, tuple(ranges)) for stage, ranges in self.held().items())
         have, self._data.fetched = self._data.fetched[: limits.HAVE_MAX], self._data.fetched[limits.HAVE_MAX :]
         workshop = self.site.workshop
-        self._post.post(
-            self.leader, Claims(self.job, self.epoch, held, workshop.slots, workshop.busy, tuple(have), self.blocked)
-        )
+        self._post.post(self.leader, Claims(self.job, self.epoch, held, workshop.slots, workshop.busy, tuple(have), self.blocked))
         self._print_bytes = 0
         self._send_prints()
 
@@ -390,7 +390,6 @@ class Remote:
         for worker in list(self.site.workers):
             if worker.nests:
                 worker.end("dropped")
-
 
 
 def _size_of(failure: TaskFailure) -> int:

@@ -155,9 +155,7 @@ class Site:
             self.has_timeouts = self.has_timeouts or bool(options.task_timeout_s)
         return stage
 
-    def hold(
-        self, stage: int, segment: Segment, body: Body | None, blob: bytes = b"", holders: tuple[PeerId, ...] = ()
-    ) -> None:
+    def hold(self, stage: int, segment: Segment, body: Body | None, blob: bytes = b"", holders: tuple[PeerId, ...] = ()) -> None:
         """A segment's bytes, or where they are to be had."""
         held = self.stages[stage].held
         self.stages[stage].segments.add(segment)

@@ -299,8 +299,22 @@ class Returned(Message, tag=35, frozen=True):
 
 ToChild: TypeAlias = Setup | Function | Run | Result | Failure | Cancelled | Reply | Stop | Throttle | Revoke
 FromChild: TypeAlias = (
-    Ready | Define | Stage | Page | Close | Cancel | Consumed | Done | Failed | Print | Waiting
-    | Put | Fetch | OpenInput | ListInputs | Returned
+    Ready
+    | Define
+    | Stage
+    | Page
+    | Close
+    | Cancel
+    | Consumed
+    | Done
+    | Failed
+    | Print
+    | Waiting
+    | Put
+    | Fetch
+    | OpenInput
+    | ListInputs
+    | Returned
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -75,7 +75,5 @@ class Board:
     def live(self, now_s: float) -> list[tuple[JobId, Entry]]:
         """Jobs that may have work: not over, heard of lately."""
         return [
-            (job, entry)
-            for job, entry in self._entries.items()
-            if entry.live and now_s - entry.heard_s <= limits.JOB_FORGET_S
+            (job, entry) for job, entry in self._entries.items() if entry.live and now_s - entry.heard_s <= limits.JOB_FORGET_S
         ]

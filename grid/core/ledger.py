@@ -142,9 +142,7 @@ class Ledger:
             raise RefusedError(f"stage {index} has {stage.declared} tasks, not {task}")
         if task in stage.settled:
             return None
-        table, allowed = (
-            (stage.lost, limits.RETRIES_LOST_MAX) if kind in LOST_KINDS else (stage.attempts, stage.options.retries)
-        )
+        table, allowed = (stage.lost, limits.RETRIES_LOST_MAX) if kind in LOST_KINDS else (stage.attempts, stage.options.retries)
         table[task] = table.get(task, 0) + 1
         if table[task] <= allowed:
             return True

@@ -133,6 +133,13 @@ class Printed(Message, tag=23, frozen=True):
     dropped_bytes: int = 0
 
 
+class Have(Message, tag=24, frozen=True):
+    """Tasks stored these blobs at the sender (`grid.put`). It goes before any frame or result that may name them."""
+
+    job: bytes
+    blobs: tuple[bytes, ...]
+
+
 # ---- children of tasks -----------------------------------------------------------------------------------------------
 
 
@@ -214,6 +221,7 @@ AnyMessage: TypeAlias = (
     | Accepted
     | Drop
     | Printed
+    | Have
     | Relay
     | RelayClosed
     | Ask

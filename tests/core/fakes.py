@@ -188,9 +188,7 @@ class Place:
         self.processes = FakeProcesses()
         self.fetches = Fetches()
         self.spool = bodies.Spool(folder)
-        self.site = Site(
-            JOB, self.workshop, cast(Any, self.processes), self.spool, uplink, nursery, self.fetches, no_requests
-        )
+        self.site = Site(JOB, self.workshop, cast(Any, self.processes), self.spool, uplink, nursery, self.fetches, no_requests)
         self.workshop.sites.append(self.site)
         if options is not None:
             self.site.add_stage(0, options, self.site.add_function(DIGEST, FUNCTION))

@@ -59,9 +59,7 @@ class Team:
         self.outreach = Outreach(self.leader, cast(Any, self.data), LEADER, 1, cast(Any, self.post), nursery)
         self.driver = Driver(self.leader.spool)
         self.producer = Producer(self.leader, self.driver.post, nested=False)
-        self.helpers = [
-            Helper(self, IDENTITIES[n], folder / f"helper{n}", slots=0) for n in range(helpers)
-        ]
+        self.helpers = [Helper(self, IDENTITIES[n], folder / f"helper{n}", slots=0) for n in range(helpers)]
 
     def open(self, stage: int = 0, function: bytes = FUNCTION, ordered: bool = True, **options: Any) -> None:
         self.producer.handle(wire.Define(stage, "f"), function)

@@ -475,9 +475,7 @@ async def test_resent_batch_is_acknowledged_and_not_counted_twice(make: Make) ->
     assert team.leader.tallies[thief.id].executed == 5
 
 
-async def test_batch_that_was_lost_is_sent_again_after_a_while(
-    make: Make, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_batch_that_was_lost_is_sent_again_after_a_while(make: Make, autojump_clock: trio.testing.MockClock) -> None:
     """The connection stood all the time: a full queue was dropped."""
     team = make(ordered=False)
     thief = await stolen(team)
@@ -661,9 +659,7 @@ async def test_claims_of_nonsense_change_nothing(make: Make) -> None:
     assert list(team.leader.claims.held(thief.id, 0)) == [(5, 10)]
 
 
-async def test_cancel_reaches_those_who_hold_the_tasks(
-    make: Make, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_cancel_reaches_those_who_hold_the_tasks(make: Make, autojump_clock: trio.testing.MockClock) -> None:
     team = make()
     thief = await stolen(team)
     team.nursery.start_soon(team.outreach.run)

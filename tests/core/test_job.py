@@ -42,9 +42,7 @@ def check(chain: Chain) -> Certificate:
     return MEMBERSHIP.check(chain, NOW_S)
 
 
-@pytest.mark.parametrize(
-    ("state", "to"), list(itertools.product([PENDING, RUNNING, FINISHED, FAILED, CANCELLED], repeat=2))
-)
+@pytest.mark.parametrize(("state", "to"), list(itertools.product([PENDING, RUNNING, FINISHED, FAILED, CANCELLED], repeat=2)))
 def test_every_transition(state: str, to: str) -> None:
     if (state, to) in LEGAL:
         assert transition(state, to) == to
@@ -102,7 +100,9 @@ def test_signature_made_for_something_else() -> None:
 
 
 def test_submitter_that_is_no_member() -> None:
-    stranger = Membership(OTHER.public, OTHER, (issue(OTHER.public, OTHER, OTHER.public, Role.SUBMIT, OTHER.id, int(NOW_S) + 99),))
+    stranger = Membership(
+        OTHER.public, OTHER, (issue(OTHER.public, OTHER, OTHER.public, Role.SUBMIT, OTHER.id, int(NOW_S) + 99),)
+    )
     signed = sign_spec(spec(submitter=OTHER), OTHER, stranger.chain)
     with pytest.raises(MembershipError):
         open_spec(signed, check, ROOT.public)

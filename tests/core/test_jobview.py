@@ -127,9 +127,7 @@ async def test_end_of_the_job_ends_a_long_poll(view: JobView, autojump_clock: tr
     assert follower.final
 
 
-async def test_progress_alone_ends_a_poll_after_a_moment(
-    view: JobView, autojump_clock: trio.testing.MockClock
-) -> None:
+async def test_progress_alone_ends_a_poll_after_a_moment(view: JobView, autojump_clock: trio.testing.MockClock) -> None:
     follower = Follower(view)
     await follower.ask()
     began_s = trio.current_time()

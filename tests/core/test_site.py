@@ -191,7 +191,7 @@ async def test_worker_that_dies_is_blamed_for_the_task_it_ran_only(make: Make, u
     await settle()
     child.die(-11)
     await settle()
-    (stage, failure), = uplink.failures
+    ((stage, failure),) = uplink.failures
     assert (stage, failure.index, failure.kind) == (0, 10, DIED)
     assert "signal 11" in failure.message
     assert held(place.site) == [(5, 10), (11, 100)]
