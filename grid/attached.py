@@ -55,6 +55,7 @@ def socket_of(connection: trio.socket.SocketType) -> Any:
 
 async def run_attached(peer: Peer, call: Call) -> Any:
     """Serve `grid.connect` until its process goes."""
+    peer.check_submit()
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w"):
         pass

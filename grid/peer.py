@@ -338,8 +338,15 @@ class Peer:
 
     # ---- jobs led here ----
 
+    def check_submit(self) -> None:
+        """Raises ControlError unless this member may submit jobs."""
+        if not self.membership.roles & Role.SUBMIT:
+            hint = "join with an invite of another role: grid invite --role member"
+            raise ControlError("role", "this machine's membership doesn't let it submit jobs", hint)
+
     async def lead(self, spec: JobSpec, signed: SignedSpec, make: Callable[[JobId], LeadJob] | None = None) -> LeadJob:
-        """Accept a job: on disk, announced, running when this returns. Raises OSError."""
+        """Accept a job: on disk, announced, running when this returns. Raises ControlError, OSError."""
+        self.check_submit()
         job = job_id(signed.payload)
         lead = make(job) if make is not None else LeadJob(job, spec, self.services, self.reach)
         self.jobs.begin(job, lead, signed)

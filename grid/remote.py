@@ -1,7 +1,7 @@
 """A job at a peer that does not lead it: the way to the leader, and the ranges taken from others.
 
 Rules:
-- completions are kept until the leader acknowledges them, and resent when its connection returns;
+- completions are kept until the leader acknowledges them, and resent when its connection returns or it is silent for RESEND_S;
 - a heartbeat claims all that is held here: queued, running, finished and not acknowledged, on its way to a thief;
 - a worker whose task waits for children ends when the leader's connection does: its frames may be lost.
 """

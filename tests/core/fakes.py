@@ -266,8 +266,8 @@ class FakeData:
         if self.gate is not None:
             await self.gate.wait()
         if path:
-            data = Path(path).read_bytes()
-            Path(path).unlink()
+            data = await trio.Path(path).read_bytes()
+            await trio.Path(path).unlink()
         name = blake3(data).digest()
         self.blobs[name] = data
         return name

@@ -117,7 +117,8 @@ async def test_declarations_and_functions_are_sent_once(make: Make) -> None:
     await team.steal(team.helpers[0])
     again = await team.steal(team.helpers[0])
     assert isinstance(again, Give)
-    assert again.declarations == again.functions == ()
+    assert again.declarations == ()
+    assert again.functions == ()
 
 
 async def test_victim_holds_what_it_gives_until_the_thief_has_it(make: Make) -> None:

@@ -289,7 +289,7 @@ async def test_every_task_is_told_once_whatever_happens(
         stage = team.leader.ledger.stage(0)
         with trio.move_on_after(QUIET_S):
             while not stage.complete:
-                await trio.sleep(0.1)
+                await team.leader.bell.wait()
         assert stage.complete, f"{team.leader.ledger.missing(0)} hang; {world.team.site.held()}"
         words = words_of(world)
         assert sorted(words) == list(range(stage.declared))

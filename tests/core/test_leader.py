@@ -612,7 +612,7 @@ async def test_file_of_the_blob_store_is_never_given_away(world: World) -> None:
     post_body(world.spool, world.driver._frame, wire.Result(0, 0, 1), bodies.whole_file(str(path), owned=False))
     (message,) = world.driver.of(wire.Result)
     assert message.path != str(path)
-    Path(message.path).unlink()
+    await trio.Path(message.path).unlink()
     assert path.exists()
 
 

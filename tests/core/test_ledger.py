@@ -116,7 +116,13 @@ def test_failure_tables_hold_only_what_is_not_settled(end: str) -> None:
 
 def test_page_that_does_not_continue_the_stage_changes_nothing() -> None:
     ledger, stage = opened(4)
-    for pieces, first in (([(2, 5, ())], 5), ([(2, 5, ())], 3), ([(2, 5, ()), (0, 5, ())], 4), ([(2, 5, ()), (1, -1, ())], 4)):
+    wrong: list[tuple[list[tuple[int, int, tuple[bytes, ...]]], int]] = [
+        ([(2, 5, ())], 5),
+        ([(2, 5, ())], 3),
+        ([(2, 5, ()), (0, 5, ())], 4),
+        ([(2, 5, ()), (1, -1, ())], 4),
+    ]
+    for pieces, first in wrong:
         with pytest.raises(RefusedError):
             ledger.add_segments(0, first, pieces)
     with pytest.raises(RefusedError):

@@ -67,6 +67,8 @@ def test_detached_job_is_followed_from_another_machine(three: list[Peer]) -> Non
     waited = third("wait", job[:12])
     assert waited.status == 3
     assert waited.out == ""
+    row = next(row for row in second.status()["jobs"] if row["id"] == job)
+    assert (row["state"], row["done"], row["total"]) == ("failed", 40, 40)
     row = next(row for row in second("jobs", "--json").json["jobs"] if row["id"] == job)
     assert (row["name"], row["state"], row["leader"]) == ("nightly", "failed", first.id)
     shown = second.show(job)

@@ -127,6 +127,17 @@ def test_invite_of_another_grid(three: list[Peer], grid: Grid) -> None:
     member.start()  # and nothing was lost
 
 
+def test_roles_bound_what_a_member_may_do(three: list[Peer], grid: Grid) -> None:
+    worker = grid.home().start(three[0]("invite", "--role", "worker", "--json").json["invite"])
+    worker.script("print('never')")
+    assert "invite" in fails(worker, "submit", "job.py", status=125)
+    assert "may not invite" in fails(worker, "invite", status=1)
+    submitter = grid.home().start(three[0]("invite", "--role", "submitter", "--json").json["invite"])
+    assert submitter.job("print('mine')").out == "mine\n"
+    for peer in (worker, submitter):
+        assert peer("leave").status == 0
+
+
 def test_nobody_answers_an_invite(grid: Grid) -> None:
     founder = grid.found()
     invite = founder.invite

@@ -95,6 +95,20 @@ def test_local_package_travels(peer: Peer) -> None:
     runs(peer("submit", "pkg/job.py"), "2025\n")
 
 
+@pytest.mark.parametrize(
+    ("name", "source", "out"),
+    [
+        ("with space ünï.py", b"import sys; print(sys.argv[0].rpartition('/')[2])", "with space ünï.py\n"),
+        ("bom.py", b"\xef\xbb\xbfprint(1)\r\nprint(2)\r\n", "1\n2\n"),
+        ("latin.py", b"# -*- coding: latin-1 -*-\nprint('\xe9')\n", "é\n"),
+        ("no-extension", b"#!/usr/bin/env python3\nprint(__name__)\n", "__main__\n"),
+    ],
+)
+def test_names_and_encodings_of_scripts(peer: Peer, name: str, source: bytes, out: str) -> None:
+    (peer.folder / name).write_bytes(source)
+    runs(peer("submit", name), out)
+
+
 # ---- how scripts end ---------------------------------------------------------------------------------------------------
 
 

@@ -208,6 +208,21 @@ print(sum(grid.map(top, range(6))), grid.submit(top, 5).result())
     runs(peer.job(script), f"{expected} {sum(sum(x * x for x in range(m)) for m in range(5))}\n")
 
 
+def test_refs_made_by_tasks_are_read_on_other_peers(peer: Peer) -> None:
+    script = """
+import time
+import grid
+def make(i):
+    time.sleep(0.02)
+    return grid.put([i] * 50_000)
+def through(i):
+    return grid.submit(sum, grid.put([i] * 1000)).result()
+refs = list(grid.map(make, range(45)))
+print(sum(grid.map(sum, refs)), refs[7].get()[-1], sum(grid.map(through, range(9))))
+"""
+    runs(peer.job(script), f"{sum(range(45)) * 50_000} 7 {sum(range(9)) * 1000}\n")
+
+
 def test_executor_and_futures(peer: Peer) -> None:
     script = """
 import asyncio, concurrent.futures as cf
