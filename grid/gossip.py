@@ -21,6 +21,7 @@ from grid.core.board import Board, Entry
 from grid.core.errors import RefusedError
 from grid.core.job import JobId, job_id, open_spec
 from grid.core.messages import JobNews, JobsWanted
+from grid.core.news import check_news
 
 if TYPE_CHECKING:
     from dht.node import Node
@@ -74,13 +75,13 @@ class Gossip:
         spec = self._board.spec(job)
         if spec is None:
             job, spec = open_spec(news.spec, self._check, self._grid)
-        if news.epoch < 1 or len(news.leader) != 20:
-            raise RefusedError("news of no epoch or leader")
+        if by is not None and self._board.is_news(job, news):
+            check_news(news, spec)
         fresh = self._board.hear(job, spec, news, trio.current_time())
         entry = self._board.get(job)
         if entry is None:  # the table is full of jobs that matter more
             return
-        if news.leader != self._me:
+        if fresh and news.leader != self._me:
             self._mesh.learn(PeerId(news.leader), [news.leader_address])
         self._heard(job, entry)
         if fresh:

@@ -39,6 +39,7 @@ from grid.core import limits
 from grid.core.board import Board
 from grid.core.job import FINAL, JobId, JobSpec, SignedSpec, job_id
 from grid.core.messages import JobNews
+from grid.core.news import sign_news
 from grid.dispatch import Dispatch
 from grid.enrolment import enrol, identity_of, save
 from grid.gossip import Gossip
@@ -371,7 +372,8 @@ class Peer:
         version = self._versions[job] = self._versions.get(job, 0) + 1
         work = lead.place is not None and bool(lead.place.site.deque)
         address = parse_address(self.addresses()[0])
-        self.gossip.tell(JobNews(signed, lead.epoch, self.me, address, version, lead.view.state, work))
+        news = JobNews(signed, lead.epoch, self.me, address, version, lead.view.state, work)
+        self.gossip.tell(sign_news(news, self.identity))
         if lead.view.state in FINAL:
             self._versions.pop(job, None)
 

@@ -81,9 +81,9 @@ class SubmitStage(Stage):
 
     def on_result(self, lo: int, hi: int, body: bytes | bytearray, path: str) -> None:
         futures = [self._futures.pop(index, None) for index in range(lo, hi)]
+        data = open_results(body, path)
+        self._give_credit(len(data))
         if any(futures):
-            data = open_results(body, path)
-            self._give_credit(len(data))
             try:
                 values = serialize.load_results(data)
             except Exception:

@@ -56,11 +56,18 @@ class Board:
         entry = self._entries.get(job)
         return entry.spec if entry else None
 
+    def is_news(self, job: JobId, news: JobNews) -> bool:
+        """Would `hear` take it?"""
+        known = self._entries.get(job)
+        return known is None or (
+            known.news.state not in FINAL and (news.epoch, news.version) > (known.news.epoch, known.news.version)
+        )
+
     def hear(self, job: JobId, spec: JobSpec, news: JobNews, now_s: float) -> bool:
         """Returns True when the news is new: then pass it on."""
         known = self._entries.get(job)
         if known is not None:
-            if known.news.state in FINAL or (news.epoch, news.version) <= (known.news.epoch, known.news.version):
+            if not self.is_news(job, news):
                 if (news.epoch, news.version) == (known.news.epoch, known.news.version):
                     known.heard_s = now_s
                 return False

@@ -36,6 +36,7 @@ class JobNews(Message, tag=1, frozen=True):
     version: int
     state: str
     work: bool  # the leader has ranges to give
+    signature: bytes = b""  # by the leader; see grid/core/news.py
 
 
 class JobsWanted(Message, tag=2, frozen=True):
