@@ -34,7 +34,7 @@ class AttachedJob(LeadJob):
 
     async def _drive(self, place: JobPlace, leader: Leader, nursery: trio.Nursery) -> Outcome:
         for _ in range(min(2, self._services.workshop.free)):
-            place.site.start_worker()
+            place.site.crew.start_worker()
         connection = self.stream.socket
         driver = Child("driver", socket_of(connection), None)
         nursery.start_soon(driver.write)

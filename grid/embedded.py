@@ -89,7 +89,7 @@ async def _serve(connection: socket.socket, origin: dict[str, Any], folder: Path
     site = leader.site = Site(job, workshop, processes, spool, leader, nursery, fetch, data.serve)
     workshop.sites.append(site)
     for _ in range(min(PRESTARTED, workshop.slots)):
-        site.start_worker()
+        site.crew.start_worker()
     driver.post(wire.Setup(**{**_fields(setup), "role": "driver"}))
     place = JobPlace(job, folder, spool, data, processes, site, setup)
     nursery.start_soon(_sweep, leader)

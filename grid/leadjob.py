@@ -213,7 +213,7 @@ class LeadJob:
         if spec.options.timeout_s:
             nursery.start_soon(self._time_out, spec.options.timeout_s)
         for _ in range(min(2, self._services.workshop.free)):
-            place.site.start_worker()
+            place.site.crew.start_worker()
         stdin = await self._open_stdin(place)
         pipes = [os.pipe(), os.pipe()]
         try:

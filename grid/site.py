@@ -9,7 +9,6 @@ The same on the leader's peer (where pages arrive from the driver) and on a thie
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -24,19 +23,15 @@ from grid.core import limits
 from grid.core.bundle import StageOptions
 from grid.core.deque import DequeFull, RangeDeque, Work
 from grid.core.job import JobId
-from grid.core.ledger import DIED, MEMORY, TIMEOUT
 from grid.core.plan import Pace
 from grid.core.ranges import RangeSet
 from grid.core.segments import Segment, SegmentTable
+from grid.crew import Crew, Requests
 from grid.siteworker import SiteWorker, Ticket
-from grid.worker.fork_server import WorkerStartError
 
 if TYPE_CHECKING:
-    from grid.worker.pool import Child, JobProcesses
+    from grid.worker.pool import JobProcesses
     from grid.workshop import Workshop
-
-ON_PURPOSE = frozenset({"dropped", "idle"})
-"""Why a worker was ended by its peer: nothing it ran is to blame."""
 
 
 class Uplink(Protocol):
@@ -104,31 +99,24 @@ class Site:
         uplink: Uplink,
         nursery: trio.Nursery,
         fetch: Callable[[SiteStage, Held], Awaitable[None]],
-        requests: Callable[[Callable[[wire.ToChild], None], wire.Message, bytes], Awaitable[None]],
+        requests: Requests,
     ) -> None:
         self.job = job
         self.workshop = workshop
-        self.processes = processes
         self.spool = spool
         self.uplink = uplink
         self.deque = RangeDeque()
         self.stages: dict[int, SiteStage] = {}
         self.functions: list[Body | None] = []
-        self.workers: list[SiteWorker] = []
-        self.starting = 0
-        self.executed = 0
         self.closed = False
         self.has_timeouts = False  # some stage here limits its tasks' time
+        self.crew = Crew(self, processes, nursery, requests)
         self._nursery = nursery
         self._fetch = fetch
-        self._requests = requests
         self._fetching: dict[tuple[int, int], list[Work]] = {}
         self._function_numbers: dict[bytes, int] = {}
         self._function_hashes: list[bytes] = []
-        self._start_failures = 0
-        self._token = 0
         self._ticket = 0
-        self.idle_since_s = trio.current_time()
 
     # ---- what comes in ----
 
@@ -188,7 +176,7 @@ class Site:
                 attempts.pop(index, None)
         for works in self._fetching.values():
             works[:] = [part for work in works for part in _without(work, stage, lo, hi)]
-        for worker in self.workers:
+        for worker in self.crew.workers:
             running = worker.running
             for ticket in worker.tickets.values():
                 if ticket.stage != stage or ticket.at >= hi or lo >= ticket.hi:
@@ -228,20 +216,30 @@ class Site:
         for works in self._fetching.values():
             for work in works:
                 add(*work)
-        for worker in self.workers:
+        for worker in self.crew.workers:
             for ticket in worker.tickets.values():
                 add(ticket.stage, ticket.at, ticket.hi)
         return table
 
     @property
+    def workers(self) -> list[SiteWorker]:
+        """Its worker processes."""
+        return self.crew.workers
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing waits here for a worker."""
+        return not self.deque and not self._fetching
+
+    @property
     def busy(self) -> int:
         """Slots in use."""
-        return sum(worker.slots for worker in self.workers)
+        return sum(worker.slots for worker in self.crew.workers)
 
     @property
     def blocked(self) -> int:
         """Workers that wait for children of their tasks."""
-        return sum(worker.blocked for worker in self.workers)
+        return sum(worker.blocked for worker in self.crew.workers)
 
     def remaining_s(self) -> float:
         """Time its queued tasks take one slot; infinite while a pace is unknown."""
@@ -263,10 +261,10 @@ class Site:
         """Use up to `free` slots; returns how many were taken. Called by the workshop only."""
         if self.closed or not self.deque:
             return 0
-        idle = next((w for w in self.workers if w.idle), None)
+        idle = next((w for w in self.crew.workers if w.idle), None)
         if idle is None:
-            while self.starting < min(free, self.deque.total) and self.blocked < limits.WORKERS_BLOCKED_MAX:
-                self.start_worker()
+            while self.crew.starting < min(free, self.deque.total) and self.blocked < limits.WORKERS_BLOCKED_MAX:
+                self.crew.start_worker()
             return 0
         before = idle.slots
         self._assign(idle, free)
@@ -274,18 +272,13 @@ class Site:
 
     def feed_ahead(self) -> None:
         """A second bundle for workers whose tasks are short. Called by the workshop once no slot is free."""
-        for worker in self.workers:
+        for worker in self.crew.workers:
             if not self.deque:
                 return
             if 0 < len(worker.tickets) < limits.TICKETS_AHEAD and not (worker.blocked or worker.nests or worker.gone):
                 last = next(reversed(worker.tickets.values()))
                 if not self._runs_long(last.stage):
                     self._assign(worker, worker.slots, ahead=True)
-
-    def start_worker(self) -> None:
-        """Start one more worker process; it is fed when it is there."""
-        self.starting += 1
-        self._nursery.start_soon(self._run_worker)
 
     def _assign(self, worker: SiteWorker, free: int, ahead: bool = False) -> None:
         def count_of(stage: int) -> int:
@@ -360,182 +353,9 @@ class Site:
         pace = self.stages[stage].pace.per_task_s
         return pace is None or pace > limits.GRAIN_S
 
-    # ---- workers ----
-
-    async def _run_worker(self) -> None:
-        child: Child | None = None
-        try:
-            child = await self.processes.start_worker()
-        except WorkerStartError:
-            self._start_failures += 1
-            if self._start_failures > limits.RETRIES_LOST_MAX:
-                raise
-            await trio.sleep(limits.WORKER_RESTART_S)
-        finally:
-            self.starting -= 1
-        if child is None:
-            self.workshop.pump()
-            return
-        self._token += 1
-        worker = SiteWorker(child, self._token)
-        self.workers.append(worker)
-        self.workshop.pump()
-        try:
-            async for message, data in child.frames:
-                self._handle(worker, message, data)
-        finally:
-            worker.gone = True
-        with trio.move_on_after(limits.WORKER_EXIT_S):
-            await child.exited.wait()
-        worker.end("closed its channel")
-        await child.exited.wait()
-        self.workers.remove(worker)
-        self._bury(worker)
-        self.workshop.pump()
-
-    def _handle(self, worker: SiteWorker, message: wire.Message, data: bytes) -> None:
-        match message:
-            case wire.Done():
-                self._done(worker, message, data)
-            case wire.Failed():
-                self._failed(worker, message, data)
-            case wire.Waiting():
-                worker.wait(message.blocked)
-                self.workshop.pump()
-            case wire.Returned():
-                ticket = worker.tickets.pop(message.ticket, None)
-                if ticket is not None:
-                    self._requeue(ticket, ticket.lo, ticket.hi)
-                    self.workshop.pump()
-            case wire.Print():
-                self.uplink.printed(message, data)
-            case wire.Ready():
-                pass
-            case wire.Put() | wire.Fetch() | wire.OpenInput() | wire.ListInputs():
-                self._nursery.start_soon(self._requests, worker.post, message, data)
-            case wire.Page(path=path) if path:
-                worker.nests = True
-                file = _adopt(worker, path)
-                if file is not None:
-                    self.uplink.relay(worker, message, file)
-            case _:
-                worker.nests = True
-                self.uplink.relay(worker, message, data)
-
-    def _done(self, worker: SiteWorker, message: wire.Done, data: bytes) -> None:
-        ticket = worker.tickets.get(message.ticket)
-        if ticket is None or message.lo != ticket.at or not ticket.at < message.hi <= ticket.hi:
-            worker.end("broke the protocol")
-            return
-        body = _adopt(worker, message.path) if message.path else data
-        if body is None:
-            return
-        self._progress(worker, ticket, message.hi, message.elapsed_us, message.final)
-        self.uplink.result(ticket.stage, message.lo, message.hi, body, message.elapsed_us)
-        if message.final:
-            self.workshop.pump()
-
-    def _failed(self, worker: SiteWorker, message: wire.Failed, data: bytes) -> None:
-        ticket = worker.tickets.get(message.ticket)
-        if ticket is None or message.index != ticket.at or ticket.at >= ticket.hi:
-            worker.end("broke the protocol")
-            return
-        self._progress(worker, ticket, message.index + 1, message.elapsed_us, message.final)
-        self.uplink.failure(ticket.stage, message, data)
-        if message.final:
-            self.workshop.pump()
-
-    def _progress(self, worker: SiteWorker, ticket: Ticket, at: int, elapsed_us: int, final: bool) -> None:
-        count = at - ticket.at
-        stage = self.stages[ticket.stage]
-        stage.pace.record(count, max(0, elapsed_us) / 1e6)
-        for index in [i for i in stage.attempts if ticket.at <= i < at]:
-            del stage.attempts[index]
-        self.executed += count
-        self._start_failures = 0
-        ticket.at = at
-        if final:
-            del worker.tickets[ticket.number]
-        self.idle_since_s = trio.current_time()
-
-    def _requeue(self, ticket: Ticket, lo: int, hi: int) -> None:
-        if lo >= hi:
-            return
-        for a, b in reversed(ticket.dropped.gaps(lo, hi)) if ticket.dropped else [(lo, hi)]:
-            self.put_back(Work(ticket.stage, a, b))
-
-    def _bury(self, worker: SiteWorker) -> None:
-        """A worker ended: the task it ran failed (unless the peer ended it on purpose); the rest runs again."""
-        if worker.nests:
-            self.uplink.relay_closed(worker)
-        if self.closed:
-            return
-        child = worker.child
-        index, _ = child.progress()
-        tickets = list(worker.tickets.values())
-        worker.tickets.clear()
-        blamed = child.why not in ON_PURPOSE
-        culprit = next((ticket for ticket in tickets if blamed and ticket.at <= index < ticket.hi), None)
-        for ticket in reversed(tickets):
-            if ticket is culprit:
-                self._requeue(ticket, index + 1, ticket.hi)
-                self._requeue(ticket, ticket.at, index)
-            else:
-                self._requeue(ticket, ticket.at, ticket.hi)
-        if culprit is not None:
-            self.uplink.failure(culprit.stage, _death(culprit, index, child), b"")
-        elif tickets and blamed:
-            self._start_failures += 1
-            if self._start_failures > limits.RETRIES_LOST_MAX:
-                ticket = tickets[0]
-                self.deque.remove(ticket.stage, ticket.at, ticket.at + 1)
-                self.uplink.failure(ticket.stage, _death(ticket, ticket.at, child), b"")
-
-    # ---- watching ----
-
-    def check_timeouts(self) -> None:
-        """End workers whose task runs longer than its stage allows. Called every 50 ms while such a stage is here."""
-        now_ns = time.monotonic_ns()
-        for worker in self.workers:
-            ticket = worker.running
-            if ticket is None:
-                continue
-            timeout_s = self.stages[ticket.stage].options.task_timeout_s
-            if timeout_s:
-                index, started_ns = worker.child.progress()
-                if ticket.at <= index < ticket.hi and now_ns - started_ns > timeout_s * 1e9:
-                    worker.end("timeout")
-
-    def rest(self, now_s: float) -> None:
-        """Let workers go that had nothing to do for a while."""
-        if self.deque or self._fetching or now_s - self.idle_since_s < limits.WORKER_IDLE_S:
-            return
-        for worker in self.workers:
-            if worker.idle:
-                worker.end("idle")
-
 
 def _without(work: Work, stage: int, lo: int, hi: int) -> list[Work]:
     if work.stage != stage or hi <= work.lo or work.hi <= lo:
         return [work]
     parts = [Work(stage, work.lo, lo), Work(stage, hi, work.hi)]
     return [part for part in parts if part.lo < part.hi]
-
-
-def _adopt(worker: SiteWorker, path: str) -> Body | None:
-    """The file that a worker named as a body; None, and the end of the worker, if there is none."""
-    try:
-        return bodies.whole_file(path)
-    except OSError:
-        worker.end("broke the protocol")
-        return None
-
-
-def _death(ticket: Ticket, index: int, child: Child) -> wire.Failed:
-    status = child.status
-    how = child.why or (f"signal {-status}" if status is not None and status < 0 else f"exit status {status}")
-    kind, message = {
-        "timeout": (TIMEOUT, "the task ran longer than its time limit"),
-        "memory": (MEMORY, "the task used more memory than its limit"),
-    }.get(child.why, (DIED, f"the worker process died while it ran the task ({how})"))
-    return wire.Failed(ticket.number, index, kind, "", message, "", 0, False)

@@ -92,9 +92,9 @@ class Workshop:
             await trio.sleep(TIMEOUT_CHECK_S)
             for site in self.sites:
                 if site.has_timeouts:
-                    site.check_timeouts()
+                    site.crew.check_timeouts()
             now_s = trio.current_time()
             if now_s - rested_s >= REST_CHECK_S:
                 rested_s = now_s
                 for site in self.sites:
-                    site.rest(now_s)
+                    site.crew.rest(now_s)

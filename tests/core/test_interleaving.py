@@ -119,7 +119,7 @@ class World:
         self.faults = True
         self.team = Team(nursery, folder, helpers=0, slots=1)
         self.team.outreach._post = cast(Any, Post(self, LEADER.id))
-        self.team.site.processes = cast(Any, Processes(nursery, self.rng, self.dies))
+        self.team.site.crew._processes = cast(Any, Processes(nursery, self.rng, self.dies))
         self.peers: dict[PeerId, Helper] = {}
         self.scopes: dict[PeerId, trio.CancelScope] = {}
         self.wires: dict[tuple[PeerId, PeerId], deque[Any]] = {}
@@ -192,7 +192,7 @@ class World:
                     finally:
                         team.nursery = outer
                     helper.place.workshop.slots = 1 + number
-                    helper.site.processes = cast(Any, Processes(nursery, self.rng, self.dies))
+                    helper.site.crew._processes = cast(Any, Processes(nursery, self.rng, self.dies))
                     helper.remote._post = cast(Any, Post(self, identity.id))
                     self.peers[identity.id] = helper
                     nursery.start_soon(helper.remote.run)

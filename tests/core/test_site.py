@@ -82,7 +82,7 @@ async def test_worker_runs_everything_in_order(make: Make, uplink: FakeUplink) -
     assert [lo for lo, _ in ranges] == [0, *[hi for _, hi in ranges[:-1]]]
     assert ranges[-1][1] == 100
     assert not place.site.held()
-    assert place.site.executed == 100
+    assert place.site.crew.executed == 100
 
 
 async def test_function_is_sent_once_and_before_its_first_bundle(make: Make) -> None:
@@ -134,7 +134,7 @@ async def test_as_many_workers_as_tasks_and_slots_start_at_once(make: Make) -> N
     place.hold(0, 3)
     place.site.push([Work(0, 0, 3)])
     await settle()
-    assert place.site.starting == 3
+    assert place.site.crew.starting == 3
     place.processes.gate.set()
     await settle()
     assert sorted(run.lo for child in place.children for run in child.runs) == [0, 1, 2]
@@ -309,10 +309,10 @@ async def test_idle_workers_are_let_go_and_others_come_when_there_is_work(
     child = await started(place, 1)
     child.finish(child.runs[0])
     await settle()
-    place.site.rest(trio.current_time())
+    place.site.crew.rest(trio.current_time())
     assert not child.exited.is_set()
     await trio.sleep(limits.WORKER_IDLE_S)
-    place.site.rest(trio.current_time())
+    place.site.crew.rest(trio.current_time())
     place.hold(1, 1)
     place.site.push([Work(0, 1, 2)])
     await settle()
@@ -325,7 +325,7 @@ async def test_long_task_is_no_rest(make: Make, autojump_clock: trio.testing.Moc
     place = make()
     child = await started(place, 1)
     await trio.sleep(2 * limits.WORKER_IDLE_S)
-    place.site.rest(trio.current_time())
+    place.site.crew.rest(trio.current_time())
     assert not child.exited.is_set()
 
 
@@ -334,10 +334,10 @@ async def test_task_over_its_time_limit(make: Make, uplink: FakeUplink) -> None:
     assert place.site.has_timeouts
     child = await started(place, 3)
     child.cell = (0, time.monotonic_ns() - 4_000_000_000)
-    place.site.check_timeouts()
+    place.site.crew.check_timeouts()
     assert not child.exited.is_set()
     child.cell = (0, time.monotonic_ns() - 6_000_000_000)
-    place.site.check_timeouts()
+    place.site.crew.check_timeouts()
     await settle()
     assert [(failure.index, failure.kind) for _, failure in uplink.failures] == [(0, TIMEOUT)]
     assert held(place.site) == [(1, 3)]
