@@ -30,6 +30,11 @@ STATE_STYLES = {
 }  # fmt: skip
 
 
+def job_state(job: Mapping[str, Any]) -> str:
+    """Return a job's state in one word; "silent" where its leader was not heard of for a while."""
+    return "silent" if job.get("reachable") is False else str(job.get("state", ""))
+
+
 class StdoutClosed(Exception):
     """Who read our stdout is gone."""
 

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cli.console import STATE_STYLES, clean, format_age, format_count, owner_of, short
+from cli.console import STATE_STYLES, clean, format_age, format_count, job_state, owner_of, short
 
 HISTORY_SAMPLES = 60
 """One a second: the sparkline spans a minute."""
@@ -93,7 +93,7 @@ class GridView:
         for job in jobs[:JOBS_SHOWN_MAX]:
             done, total = int(job.get("done") or 0), int(job.get("total") or 0)
             failed = int(job.get("failed") or 0)
-            state = clean(str(job.get("state", "")))
+            state = clean(job_state(job))
             table.add_row(
                 short(str(job.get("id", ""))),
                 clean(str(job.get("name", ""))),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.console import console, format_age, is_terminal, owner_of, short
+from cli.console import console, format_age, is_terminal, job_state, owner_of, short
 from cli.options import Debug, Json, open_client
 from grid.api.client import Client
 
@@ -71,7 +71,7 @@ def show_jobs(jobs: list[Mapping[str, Any]]) -> None:
             [
                 short(str(job.get("id", ""))),
                 str(job.get("name", "")),
-                str(job.get("state", "")),
+                job_state(job),
                 f"{job.get('done') or 0}/{job.get('total') or 0}",
                 str(job.get("failed") or 0),
                 short(str(job.get("leader") or "-")),

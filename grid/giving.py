@@ -149,7 +149,7 @@ class Giver:
             for segment, part in site.pieces(work):
                 key = (work.stage, segment.first)
                 if key not in packed:
-                    found = await self._segment(work.stage, segment)
+                    found = await self._segment(work.stage, segment, steal.bare)
                     packed[key] = found is not None
                     if found is not None:
                         refs.append(found[0])
@@ -185,10 +185,12 @@ class Giver:
         grant = Grant(self._data.job, self._epoch, thief, number, ranges, tuple(refs), attempts, paces)
         return Give(sign(grant, GRANT_DOMAIN, self._identity), tuple(declarations), tuple(functions.items()), tuple(inline))
 
-    async def _segment(self, stage: int, segment: Segment) -> tuple[SegmentRef, bytes] | None:
+    async def _segment(self, stage: int, segment: Segment, bare: bool) -> tuple[SegmentRef, bytes] | None:
         held = self._site.stages[stage].held.get(segment.first)
         if held is None:  # settled meanwhile
             return None
+        if bare:
+            return SegmentRef(stage, segment.first, segment.count, held.blob, segment.size, segment.refs), b""
         if not held.blob:
             assert held.body is not None
             if segment.size <= limits.SEGMENT_INLINE_BYTES:

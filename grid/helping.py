@@ -74,7 +74,7 @@ class Helping:
         self._leads = leads
         self._thief = Thief(rng)
         self._bell = Bell()
-        services.workshop.hungry = self._hungry
+        services.workshop.hungry.append(self._hungry)
 
     # ---- news ----
 

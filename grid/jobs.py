@@ -117,6 +117,8 @@ class Jobs:
         table: dict[JobId, dict[str, Any]] = {}
         for job, entry in self.board.entries():
             table[job] = summary(job, entry.spec, entry.news.state, entry.leader)
+            silent_s = trio.current_time() - entry.heard_s
+            table[job]["reachable"] = not entry.live or silent_s <= limits.JOB_FORGET_S
         for job, archived in self.archived.items():
             table[job] = summary(job, archived.spec, archived.view.state, self.me, archived.shown.get("stages", ()))
         for job, lead in self.led.items():
@@ -218,6 +220,7 @@ def summary(job: JobId, spec: JobSpec, state: str, leader: PeerId, stages: Any =
         "total": sum(stage["total"] for stage in stages),
         "failed": sum(stage["failed"] for stage in stages),
         "submitted_s": spec.created_s,
+        "reachable": True,  # False: nothing was heard of its leader for a while
     }
 
 

@@ -145,6 +145,16 @@ class Leader:
         except DequeFull:
             self._overflow.append(work)
 
+    def take_back(self, work: Work) -> int:
+        """A thief hands queued tasks back. Returns how many of them were still to be done."""
+        stage = self.ledger.stage(work.stage)
+        if not 0 <= work.lo < work.hi <= stage.declared:
+            raise RefusedError(f"stage {work.stage} has {stage.declared} tasks, not [{work.lo}, {work.hi})")
+        parts = stage.settled.gaps(work.lo, work.hi)
+        for lo, hi in parts:
+            self._push(Work(work.stage, lo, hi), head=True)
+        return sum(hi - lo for lo, hi in parts)
+
     # ---- uplink of the own site ----
 
     def result(self, stage: int, lo: int, hi: int, body: Body, elapsed_us: int) -> None:

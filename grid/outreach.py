@@ -49,6 +49,7 @@ from grid.core.ranges import RangeSet
 from grid.giving import Giver, declaration_of
 from grid.jobdata import JobData
 from grid.leader import Leader, PeerTally
+from grid.takeback import Request, TakeBack
 
 if TYPE_CHECKING:
     from grid.post import PostOffice
@@ -68,7 +69,14 @@ class Outreach:
     """The mesh side of one leadership."""
 
     def __init__(
-        self, leader: Leader, data: JobData, identity: Identity, epoch: int, post: PostOffice, nursery: trio.Nursery
+        self,
+        leader: Leader,
+        data: JobData,
+        identity: Identity,
+        epoch: int,
+        post: PostOffice,
+        nursery: trio.Nursery,
+        request: Request | None = None,
     ) -> None:
         self.leader = leader
         self.epoch = epoch
@@ -86,6 +94,7 @@ class Outreach:
         self._holders: OrderedDict[bytes, list[PeerId]] = OrderedDict()
         self._helpers: dict[PeerId, tuple[int, int]] = {}
         self._cancelled: dict[int, RangeSet] = {}
+        self._take_back = TakeBack(leader, self, epoch, post, request) if request is not None else None
         leader.cancelled_listeners.append(self._on_cancel)
 
     # ---- stealing ----
@@ -110,10 +119,10 @@ class Outreach:
         self._thieves[thief] = None
         while len(self._thieves) > limits.WAITING_THIEVES_MAX:
             self._thieves.popitem(last=False)
-        return Nothing(self._hints(thief), parked=thief in self._thieves, state="running", fence=self.epoch)
+        return Nothing(self.hints(thief), parked=thief in self._thieves, state="running", fence=self.epoch)
 
-    def _hints(self, thief: PeerId) -> tuple[bytes, ...]:
-        """Who claims the most beyond what its own slots run."""
+    def hints(self, thief: PeerId) -> tuple[PeerId, ...]:
+        """Who claims the most beyond what its own slots run, `thief` apart."""
         best: list[tuple[int, PeerId]] = []
         for peer in self.leader.claims.peers():
             if peer == thief:
@@ -317,7 +326,18 @@ class Outreach:
             self._post.post(peer, RelayClosed(self._job, key[1], "dropped"))
 
     async def run(self) -> None:
-        """Sweep claims each heartbeat, until cancelled."""
+        """Sweep claims each heartbeat and keep the own slots busy, until cancelled."""
+        hungry = self.leader.site.workshop.hungry
+        if self._take_back is not None:
+            hungry.append(self._take_back.hungry)
+            self._nursery.start_soon(self._take_back.run)
+        try:
+            await self._sweep()
+        finally:
+            if self._take_back is not None:
+                hungry.remove(self._take_back.hungry)
+
+    async def _sweep(self) -> None:
         while True:
             await trio.sleep(limits.HEARTBEAT_S)
             now_s = trio.current_time()

@@ -23,7 +23,7 @@ PACK_BYTES = 1 << 20
 """One chunk of a blob: a worker that reads one file fetches at most this much more."""
 COPY_BYTES = 1 << 20
 FILES_MAX = 1 << 21
-NOTES_MAX = 20
+NOTES_MAX = 5
 """Files left out that are named one by one."""
 
 

@@ -38,7 +38,7 @@ from grid.control import Control
 from grid.core import limits
 from grid.core.board import Board
 from grid.core.job import FINAL, JobId, JobSpec, SignedSpec, job_id
-from grid.core.messages import JobNews
+from grid.core.messages import JobNews, Message, decode, encode
 from grid.core.news import sign_news
 from grid.dispatch import Dispatch
 from grid.enrolment import enrol, identity_of, save
@@ -366,7 +366,11 @@ class Peer:
     def reach(self, lead: LeadJob, place: JobPlace, nursery: trio.Nursery) -> Outreach:
         """A leader's way to other peers."""
         assert lead.leader is not None
-        return Outreach(lead.leader, place.data, self.identity, lead.epoch, self.post, nursery)
+
+        async def request(peer: PeerId, message: Message, timeout_s: float) -> Message:
+            return decode(await self.mesh.request(peer, encode(message), timeout_s))
+
+        return Outreach(lead.leader, place.data, self.identity, lead.epoch, self.post, nursery, request)
 
     def _tell(self, job: JobId, lead: LeadJob, signed: SignedSpec) -> None:
         version = self._versions[job] = self._versions.get(job, 0) + 1

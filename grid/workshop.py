@@ -30,7 +30,8 @@ class Workshop:
         self.pool = pool
         self.slots = slots
         self.sites: list[Site] = []
-        self.hungry: Callable[[], None] = lambda: None
+        self.hungry: list[Callable[[], None]] = []
+        """Told after each pump: slots may have come free."""
         self.draining = False
         self._pumping = False
         self._again = False
@@ -61,7 +62,8 @@ class Workshop:
                     break
         finally:
             self._pumping = False
-        self.hungry()
+        for tell in self.hungry:
+            tell()
 
     def _share(self) -> None:
         if self.draining:

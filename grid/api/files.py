@@ -32,6 +32,8 @@ PACKS_OPEN_MAX = 32
 
 STDLIB = "{stdlib}"
 """At the head of a pattern: the folder of the running Python's own library, wherever that is on this machine."""
+PEER_HOME = frozenset({"identity", "machine.json"})
+"""What tells a peer's home (see grid/config.py): its secret key never travels as an input."""
 INSTALLED = ("site-packages/", "dist-packages/")
 
 
@@ -205,6 +207,9 @@ def walk(folder: str, skipped: Skipped | None = None) -> Iterator[tuple[str, os.
                 entries = sorted(scan, key=lambda entry: entry.name)
         except OSError as error:
             skip(prefix, error.strerror or "it can't be read")
+            continue
+        if {entry.name for entry in entries} >= PEER_HOME:
+            skip(prefix or path, "it is a peer's home, with its key")
             continue
         for entry in entries:
             if entry.name.startswith("."):

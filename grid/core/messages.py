@@ -55,6 +55,7 @@ class Steal(Message, tag=10, frozen=True):
     tags: tuple[str, ...] = ()
     known_stages: Ranges = ()
     holds: tuple[bytes, ...] = ()
+    bare: bool = False  # the asker has every segment: ranges only
 
 
 class Give(Message, tag=11, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import json.decoder
 import os
 import tarfile
 from pathlib import Path
@@ -292,6 +293,21 @@ def test_inputs_by_file_folder_and_pattern(desk: Path) -> None:
         "loop: the link leads back up",
         "pipe: not a regular file",
     ]
+
+
+def test_peers_home_among_the_inputs_never_travels(desk: Path) -> None:
+    write(desk, "data/a.txt", "a")
+    for name in ("identity", "machine.json", "membership"):
+        write(desk, f"data/home/{name}", "secret")
+    done = packed(desk, "", files=["data"])
+    assert manifest(done) == {"data/a.txt": b"a"}
+    assert [note for note in done.notes if "a peer's home" in note]
+
+
+def test_pythons_own_library_has_the_same_names_everywhere(desk: Path) -> None:
+    found = manifest(packed(desk, "", files=["{stdlib}/json/*.py"]))
+    assert found["{stdlib}/json/decoder.py"] == Path(json.decoder.__file__).read_bytes()
+    assert all(name.startswith("{stdlib}/json/") for name in found)
 
 
 def test_inputs_relative_to_where_the_user_stands(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
