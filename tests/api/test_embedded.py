@@ -168,8 +168,8 @@ def test_interrupt_reaches_the_script_alone(tmp_path: Path) -> None:
             """
             import grid, time
             future = grid.submit(time.sleep, 100)
-            print("ready", flush=True)
             try:
+                print("ready", flush=True)
                 future.result()
             except KeyboardInterrupt:
                 print(grid.submit(pow, 2, 3).result() if future.cancel() else None, flush=True)
