@@ -6,6 +6,7 @@ so a follower survives the loss of its peer's connection. Rules: logs and prints
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from itertools import islice
 from pathlib import Path
@@ -32,13 +33,11 @@ class JobLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.length = path.stat().st_size if path.exists() else 0
-        self.cut = False
 
     def append(self, data: bytes) -> None:
-        """Raises OSError (disk full)."""
+        """Raises OSError: the disk is full, or this would be more than a log may hold. Nothing was written then."""
         if self.length + len(data) > limits.LOG_BYTES_MAX:
-            self.cut = True
-            return
+            raise OSError(errno.EFBIG, f"it is more than {limits.LOG_BYTES_MAX >> 20} MiB")
         with self.path.open("ab") as file:
             file.write(data)
         self.length += len(data)

@@ -157,9 +157,13 @@ class Outreach:
                 self._claims(peer, message)
             case Completed(signed=signed):
                 await self._completed(peer, signed)
-            case Printed(lines=lines):
+            case Printed(lines=lines, dropped_bytes=dropped):
                 for stage, index, fd, data in lines:
                     self.leader.print_from(peer, stage, index, fd, data)
+                if dropped > 0 and lines:
+                    stage, index, _, _ = lines[-1]
+                    text = f"({dropped} bytes of prints on peer {peer.hex()[:8]} were left out: too many a second)\n"
+                    self.leader.print_from(peer, stage, index, 2, text.encode())
             case Have(blobs=blobs):
                 for blob in blobs[: limits.HAVE_MAX]:
                     self.holds(peer, blob)

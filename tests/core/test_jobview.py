@@ -170,13 +170,12 @@ def test_outcome_is_written_once(tmp_path: Path) -> None:
         view.finish(Outcome(FINISHED, 1))
 
 
-def test_log_over_its_bound_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_over_its_bound_is_an_error_not_a_silent_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "LOG_BYTES_MAX", 10)
     log = JobLog(tmp_path / "stdout")
     log.append(b"x" * 8)
-    assert not log.cut
-    log.append(b"y" * 8)
-    assert log.cut
+    with pytest.raises(OSError, match="more than"):
+        log.append(b"y" * 8)
     assert log.read(0, 100) == b"x" * 8
     assert log.read(6, 1) == b"x"
     assert log.read(-1, 5) == log.read(8, 5) == b""
