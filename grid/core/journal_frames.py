@@ -26,7 +26,7 @@ from blake3 import blake3
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 SECTOR_BYTES: Final = 512
-"""The least that disks write at once: a sector is old or new, never a mixture."""
+"""The least that disks write at once: a sector is old or new, never a mixture (nor does a short write end within one)."""
 FRAME_BYTES_MAX: Final = 64 << 20
 """The longest payload: a snapshot of a million tasks is a few MB."""
 

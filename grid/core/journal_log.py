@@ -46,7 +46,7 @@ class Outline:
             while self.runs and self.runs[-1][0] >= record.index:
                 self.runs.pop()
             return
-        index, term, _ = record
+        index, term = record.index, record.term
         if index != self.last_index + 1:
             raise ValueError(f"entry {index} does not follow entry {self.last_index}")
         if term < max(self.last_term, 1):

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, TypeAlias, TypeVar
 from blake3 import blake3
 
 from dht.core import codec
-from grid.core.journal_frames import Frame
+from grid.core.journal_frames import FRAME_BYTES_MAX, Frame
 
 FORMAT: Final = 1
 JOB_BYTES_MAX: Final = 64
@@ -23,6 +23,8 @@ FIRST_SLOT, SECOND_SLOT, MARK = range(3)
 """Places of the blocks in the state file."""
 
 _ENTRY: Final = struct.Struct(">QQ")
+DATA_BYTES_MAX: Final = FRAME_BYTES_MAX - _ENTRY.size
+"""Of one entry or snapshot."""
 _CUT: Final = struct.Struct(">Q")
 _BLOCK: Final = struct.Struct(">4sBH")
 _BLOCK_MAGIC: Final = b"\xd7jbk"
@@ -41,7 +43,10 @@ class HardState(NamedTuple):
     vote: bytes | None = None
 
 
-class Entry(NamedTuple):
+NEVER_VOTED: Final = HardState()
+
+
+class Entry(codec.Struct, frozen=True):
     """One log entry."""
 
     index: int
@@ -49,13 +54,13 @@ class Entry(NamedTuple):
     data: bytes
 
 
-class Cut(NamedTuple):
+class Cut(codec.Struct, frozen=True):
     """The entry at `index` and all that follow it are gone."""
 
     index: int
 
 
-class Snapshot(NamedTuple):
+class Snapshot(codec.Struct, frozen=True):
     """The state after the entry at `index`, which had `term`."""
 
     index: int
@@ -63,8 +68,8 @@ class Snapshot(NamedTuple):
     data: bytes
 
 
-class Header(codec.Struct):
-    """A log file's first record. generation: of the file, higher with each rewrite. state_seq: the slots' when it was written."""
+class Header(codec.Struct, frozen=True):
+    """A log file's first record. generation: of the file, higher with each rewrite. state_seq: the slots' are no older."""
 
     format: int
     job: bytes
@@ -73,7 +78,7 @@ class Header(codec.Struct):
     state_seq: int
 
 
-class Slot(codec.Struct):
+class Slot(codec.Struct, frozen=True):
     """A copy of the hard state; of two that differ the higher seq is the newer."""
 
     job: bytes
@@ -83,7 +88,7 @@ class Slot(codec.Struct):
     vote: bytes | None
 
 
-class Mark(codec.Struct):
+class Mark(codec.Struct, frozen=True):
     """The log file of this generation surely has this many bytes on the disk. A hint: written after, never synced for itself."""
 
     generation: int
@@ -109,10 +114,10 @@ def from_frame(frame: Frame) -> Entry | Cut | Snapshot | Header:
     """ValueError for what no journal writes."""
     kind, payload = frame
     try:
-        if kind == ENTRY_KIND:
-            return Entry(*_ENTRY.unpack_from(payload), payload[_ENTRY.size :])
-        if kind == SNAPSHOT_KIND:
-            return Snapshot(*_ENTRY.unpack_from(payload), payload[_ENTRY.size :])
+        if kind in (ENTRY_KIND, SNAPSHOT_KIND):
+            index, term = _ENTRY.unpack_from(payload)
+            made = Entry if kind == ENTRY_KIND else Snapshot
+            return made(index, term, payload[_ENTRY.size :])
         if kind == CUT_KIND:
             return Cut(*_CUT.unpack(payload))
     except struct.error:
