@@ -123,6 +123,7 @@ class Follower:
         if self._throwaway or not self.job:
             self._leave("interrupted")
         id_ = short(self.job)
+        self._progress.close()
         try:
             how = f"follow it: grid logs {id_} -f, cancel it: grid cancel {id_} or Ctrl-C again"
             console.say(f"detached; the job goes on; {how}")

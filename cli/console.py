@@ -141,7 +141,7 @@ class Console:
         return (not self._at_line_start and is_terminal(sys.stdout)) or not self._at_error_line_start
 
     def _fresh_line(self) -> None:
-        if is_terminal(sys.stderr) and self._mid_line():
+        if not self._at_error_line_start or (is_terminal(sys.stderr) and self._mid_line()):
             self._error_text("\n")
             self._at_line_start = self._at_error_line_start = True
 

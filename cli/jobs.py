@@ -44,7 +44,7 @@ def _show(job: Mapping[str, Any]) -> None:
         "owner": owner_of(job),
         "state": str(job.get("state", "")),
         "exit": "" if job.get("exit_code") is None else str(job["exit_code"]),
-        "age": format_age(job.get("submitted_s") or job.get("submitted_at")),
+        "age": format_age(job.get("submitted_s")),
         "error": str(job.get("error") or ""),
         "leader": f"{short(str(job.get('leader') or '-'))}, epoch {job.get('epoch', 0)}",
         "replicas": " ".join(short(str(peer)) for peer in job.get("replicas", ())),

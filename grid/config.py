@@ -226,6 +226,20 @@ class Home:
         return replace(options, home=self.path, **known)
 
     @property
+    def last_port(self) -> int:
+        """The free port this peer served at when it was told to take one; 0: none yet."""
+        try:
+            number = int((self.path / "port").read_text("ascii")[:8])
+        except (OSError, ValueError):
+            return 0
+        return number if 0 < number < 1 << 16 else 0
+
+    def remember_port(self, number: int) -> None:
+        """Make `number` the port to take again. A home that can't be written to only loses that."""
+        with contextlib.suppress(OSError):
+            write_file(self.path / "port", str(number).encode())
+
+    @property
     def last_job(self) -> str | None:
         """Full id of the newest job submitted from this home."""
         try:

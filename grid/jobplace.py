@@ -10,7 +10,7 @@ import io
 import shutil
 import tarfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,7 +117,7 @@ async def open_place(
             if processes is not None:
                 await processes.aclose()
             data.close()
-            await trio.to_thread.run_sync(_clean, folder)
+            await trio.to_thread.run_sync(clean, folder)
         services.workshop.pump()
 
 
@@ -162,9 +162,12 @@ async def _unpack(archive: bytes, folder: Path) -> None:
     await trio.to_thread.run_sync(unpack)
 
 
-def _clean(folder: Path) -> None:
+def clean(folder: Path) -> None:
+    """Remove what taking part in a job left in its folder, and the folder unless it keeps something for later."""
     for name in ("code", "work", "spool", "inputs"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
-__all__ = ["JobPlace", "Segment", "Services", "open_place"]
+__all__ = ["JobPlace", "Segment", "Services", "clean", "open_place"]

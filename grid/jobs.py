@@ -24,6 +24,7 @@ from grid.core import limits
 from grid.core.board import Board
 from grid.core.job import CANCELLED, FAILED, FINAL, JobId, JobSpec, Outcome, SignedSpec, job_id
 from grid.core.messages import Answer, Ask, decode, encode
+from grid.jobplace import clean
 from grid.jobview import JobView
 from grid.leadjob import LeadJob, describe, write_record
 from grid.transport.errors import RemoteError, TransportError
@@ -67,7 +68,10 @@ class Jobs:
         """Read the folders of earlier runs."""
         for folder in sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime):
             try:
-                self._load(folder)
+                if not (folder / "spec").exists():
+                    clean(folder)  # a peer that only helped was killed meanwhile
+                if folder.exists():
+                    self._load(folder)
             except (OSError, ValueError) as error:
                 log.warning("the job folder %s is damaged: %s", folder.name[:8], error)
 
@@ -80,8 +84,7 @@ class Jobs:
         else:
             outcome = Outcome(FAILED, None, "the peer that led the job stopped before it ended", code="leader-stopped")
             write_record(folder / "outcome", codec.encode(outcome))
-            for name in ("code", "work", "spool", "inputs"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+            clean(folder)
         shown: dict[str, Any] = {}
         if (folder / "shown.json").exists():
             shown = json.loads((folder / "shown.json").read_bytes())
@@ -188,7 +191,12 @@ class Jobs:
             case "show":
                 return (lead.describe() if lead is not None else self._show(job)), b""
             case "task_log":
-                return {}, view.prints.of_task(int(params["stage"]), int(params["index"]))
+                stage, index = int(params["stage"]), int(params["index"])
+                printed = view.prints.of_task(stage, index)
+                if not printed:
+                    shown = lead.describe() if lead is not None else self._show(job)
+                    _check_task(shown.get("stages", []), stage, index)
+                return {}, printed
             case "files":
                 files = view.outcome.files if view.outcome else ()
                 return [{"name": f.name, "size": f.blob.size, "blob": f.blob.id.hex(), "mode": f.mode} for f in files], b""
@@ -224,6 +232,14 @@ def summary(job: JobId, spec: JobSpec, state: str, leader: PeerId, stages: Any =
     }
 
 
+def _check_task(stages: list[dict[str, Any]], stage: int, index: int) -> None:
+    """Raises ControlError unless the job has this task."""
+    found = next((each for each in stages if each["index"] == stage), None)
+    if found is None or index >= found["total"]:
+        what = f"no stage {stage}" if found is None else f"no task {stage}:{index}, the stage has {found['total']}"
+        raise ControlError("unknown-task", f"the job has {what}", "list its stages with: grid show JOB")
+
+
 def outcome_of(outcome: Outcome | None) -> dict[str, Any]:
     """An outcome for programs."""
     if outcome is None:
@@ -254,7 +270,8 @@ def explain(lead: LeadJob) -> list[dict[str, Any]]:
     elsewhere = lead.leader.unsettled - queued - running
     if elsewhere > 0:
         count = len(lead.leader.claims.peers())
-        reasons.append({"code": "elsewhere", "text": f"tasks are held by {count} other peers", "tasks": elsewhere})
+        text = f"tasks are held by {count} other peer{'s' * (count != 1)}"
+        reasons.append({"code": "elsewhere", "text": text, "tasks": elsewhere})
     for stage in site.deque.stages():
         tags = site.stages[stage].options.tags
         if not site.workshop.tags.issuperset(tags):
@@ -262,11 +279,11 @@ def explain(lead: LeadJob) -> list[dict[str, Any]]:
             reasons.append({"code": "no-tag", "text": text, "tasks": site.deque.count(stage)})
             queued -= site.deque.count(stage)
     if queued > 0:
-        wide = max((site.stages[stage].options.cpus for stage in site.deque.stages()), default=1)
-        if lead.place.site.workshop.slots < wide:
-            reasons.append({"code": "no-slot", "text": f"the leader's peer has fewer than {wide} slots", "tasks": queued})
-        else:
+        if site.workshop.slots:  # a task that wants more than there are takes them all
             reasons.append({"code": "no-free-slot", "text": "tasks wait for a free slot", "tasks": queued})
+        else:
+            text = "tasks wait for other peers to take them: the leader's peer runs none"
+            reasons.append({"code": "no-slot", "text": text, "tasks": queued})
     if lead.outreach is not None:
         for peer, reason in list(lead.outreach.reasons.items())[:EXPLAIN_PEERS]:
             reasons.append({"code": "peer", "text": f"peer {peer.hex()[:8]} can't run it: {reason}", "tasks": 0})

@@ -336,8 +336,8 @@ def describe(
         "peers": peers,
         "exit_code": outcome.exit_code if outcome else None,
         "error": outcome.error if outcome else "",
-        "submitted_at": spec.created_s,
-        "ended_at": outcome.ended_s if outcome else None,
+        "submitted_s": spec.created_s,
+        "ended_s": outcome.ended_s if outcome else None,
     }
 
 

@@ -154,8 +154,10 @@ class Peer:
             rng=self.rng,
         )
         try:
-            self.address = await nursery.start(self.mesh.run, listen)
+            self.address = await nursery.start(self.mesh.run, await self._same_port(listen))
             await self._start_node(nursery)
+            if listen[1] == 0:
+                self.home.remember_port(self.address[1])
         except OSError as error:
             what = format_address(listen)
             raise ConfigError(
@@ -163,6 +165,19 @@ class Peer:
                 f"can't serve at {what}: {error.strerror or error}",
                 "choose another port with --listen HOST:PORT (port 0: any that is free)",
             ) from None
+
+    async def _same_port(self, listen: Address) -> Address:
+        """Where any free port will do, the last one while it is free: when all peers come back, they look there."""
+        host, port = listen
+        if port != 0 or self.home.last_port == 0:
+            return listen
+        last = host, self.home.last_port
+        try:
+            (await self.network.open_datagram(last)).close()
+            await (await self.network.listen_stream(last)).aclose()
+        except OSError:
+            return listen
+        return last
 
     async def _start_node(self, nursery: trio.Nursery) -> None:
         advertise = parse_address(self.options.advertise) if self.options.advertise else None
@@ -330,7 +345,8 @@ class Peer:
             return
         if not (force and certificate.roles & Role.ADMIN):
             owner = lead.spec.owner_name or lead.spec.owner.hex()[:8]
-            raise ControlError("not-owner", f"the job is {owner}'s", "an admin may cancel it with: grid cancel --force")
+            hint = f"an admin may cancel it with: grid cancel --force {lead.job.hex()[:8]}"
+            raise ControlError("not-owner", f"the job is {owner}'s", hint)
 
     def _unreachable(self, peer: PeerId) -> None:
         for lead in self.jobs.led.values():

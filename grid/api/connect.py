@@ -29,11 +29,14 @@ from grid.api.session import Session
 
 START_S = 60.0
 """The embedded grid takes half a second to start; a machine that needs a minute has stopped."""
+EXIT_HEADER = 2
+"""The embedded grid's exit status when it told on stderr what is wrong with the script's header."""
 END_S = 5.0
 """How long the embedded grid may take to stop its workers once the socket is closed."""
 
 _process: subprocess.Popen[bytes] | None = None
 _registered = False
+_connection: Connection | None = None
 
 
 def start_embedded() -> Session:
@@ -68,7 +71,8 @@ def start_embedded() -> Session:
         channel.close()
         status = _stop(_process)
         _process = None
-        raise GridError(f"the embedded grid did not start (exit status {status}): look with: grid doctor")
+        advice = "stderr says why" if status == EXIT_HEADER else "look with: grid doctor"
+        raise GridError(f"the embedded grid did not start (exit status {status}): {advice}")
     return _attached(channel, setup)
 
 
@@ -145,8 +149,9 @@ def _stop(process: subprocess.Popen[bytes]) -> int:
 class Connection:
     """This process is the driver of a job on the running peer, until `close` or the end of the process."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, home: str | os.PathLike[str] | None) -> None:
         self._session = session
+        self._home = home
 
     @property
     def job(self) -> str:
@@ -177,15 +182,16 @@ class Connection:
 def connect(home: str | os.PathLike[str] | None = None, *, name: str = "") -> Connection:
     """Make this process the driver of a new job on the peer that runs in `home` (default: this machine's).
 
-    For notebooks and the REPL. The job is not durable: it is cancelled 60 s after this process goes. Raises GridError when
-    there is no peer, or this process has a grid already.
+    For notebooks and the REPL; called again, as a cell is, it returns the connection there is. The job is not durable: it is
+    cancelled 60 s after this process goes. Raises GridError when there is no peer, or this process has another grid already.
     """
+    global _connection
     from grid.api.client import Client, ControlError, home_folder
 
     with sessions._starting:
         session = sessions.attached()
         if session is not None and session.error is None:
-            raise GridError("this process is on a grid already: close that connection first, or don't connect in a job")
+            return _connected(session, home, name)
         origin = _origin()
         try:
             client = Client.open(home_folder(home))
@@ -202,4 +208,16 @@ def connect(home: str | os.PathLike[str] | None = None, *, name: str = "") -> Co
         if setup is None:
             channel.close()
             raise GridError("this machine's peer did not accept the connection: look with: grid doctor")
-        return Connection(_attached(channel, setup))
+        _connection = Connection(_attached(channel, setup), home)
+        return _connection
+
+
+def _connected(session: Session, home: str | os.PathLike[str] | None, name: str) -> Connection:
+    """The connection there is, if it is what connect was asked for. Raises GridError."""
+    if _process is not None:
+        raise GridError("this process runs on an embedded grid already: call grid.connect() before the first map or submit")
+    if _connection is None or _connection._session is not session:
+        raise GridError("this process is a job's on a grid already: leave grid.connect() out of jobs")
+    if home not in (None, _connection._home) or name not in ("", session.setup.job_name):
+        raise GridError("this process is connected already: close that connection first")
+    return _connection

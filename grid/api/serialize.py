@@ -400,14 +400,36 @@ def load_function(data: Buffer) -> Callable[..., Any]:
 
 
 def dump_exception(error: BaseException) -> bytes:
-    """Pickle an exception, or return b"" if it wouldn't survive (many take other arguments than they keep)."""
-    try:
-        parts = dump_results([error])
-        data = b"".join(parts)
-        copy = load_results(data)[0]
-    except Exception:
-        return b""
-    return data if type(copy) is type(error) and len(data) <= EXCEPTION_BYTES_MAX else b""
+    """Pickle an exception, or return b"" if it wouldn't survive.
+
+    Many take other arguments than they keep, and can't be made from what they kept: those are put together without a call.
+    """
+    for value in (error, _AsKept(error)):
+        try:
+            data = b"".join(dump_results([value]))
+            copy = load_results(data)[0]
+        except Exception:  # of the user's __reduce__ or __init__
+            continue
+        if type(copy) is type(error) and len(data) <= EXCEPTION_BYTES_MAX:
+            return data
+    return b""
+
+
+class _AsKept:
+    """Pickles as an exception's class, args and attributes."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _put_together, (type(self._error), self._error.args, vars(self._error))
+
+
+def _put_together(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 def load_exception(data: Buffer) -> BaseException | None:

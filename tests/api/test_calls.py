@@ -32,14 +32,15 @@ def fail_at_3(x: int) -> int:
 
 
 class OddError(Exception):
-    """Loses an argument when pickled."""
+    """Can't be made again from its args."""
 
-    def __init__(self, first: str, second: str) -> None:
+    def __init__(self, first: str, second: object) -> None:
         super().__init__(first)
+        self.second = second
 
 
 def raise_odd(x: int) -> None:
-    raise OddError("a", "b")
+    raise OddError("a", threading.Lock() if x else "b")
 
 
 def exit_3(x: int) -> None:
@@ -340,6 +341,12 @@ def test_submit_error_is_the_users_own(peer: FakePeer) -> None:
     with pytest.raises(KeyError) as caught:
         future.result()
     assert isinstance(caught.value.__cause__, grid.RemoteTraceback)
+
+
+def test_submit_error_with_arguments_of_its_own_is_itself(peer: FakePeer) -> None:
+    with pytest.raises(OddError, match=r"^a$") as caught:
+        grid.submit(raise_odd, 0).result(20)
+    assert caught.value.second == "b"
 
 
 def test_submit_error_that_cannot_travel_is_a_task_error(peer: FakePeer) -> None:

@@ -107,6 +107,47 @@ def test_script_with_its_own_classes_and_local_modules(tmp_path: Path) -> None:
     assert (tmp_path / "output/a/b.txt").read_text() == "x"
 
 
+HEADER = """
+# /// script
+# dependencies = []
+# [tool.grid]
+# seed = 7
+# retries = 2
+# tags = ["gpu"]
+# name = "sevens"
+# ///
+import grid, random
+def flaky(x):
+    if grid.context().attempt < 2:
+        raise ValueError("flaky")
+    return random.random()
+print(list(grid.options(tags=["big"]).map(flaky, range(3))), grid.context().job_name)
+"""
+
+
+@pytest.mark.real
+def test_header_options_hold_and_tags_dont_choose(tmp_path: Path) -> None:
+    once, twice = run(tmp_path, HEADER), run(tmp_path, HEADER)
+    assert once.returncode == 0, once.stderr
+    assert once.stdout == twice.stdout
+    assert once.stdout.endswith("] sevens\n")
+
+
+@pytest.mark.real
+def test_header_that_is_wrong_is_said(tmp_path: Path) -> None:
+    done = run(tmp_path, HEADER.replace("retries", "retrys"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("grid: in the header of job.py, [tool.grid] has no option 'retrys'")
+    assert "GridError: the embedded grid did not start (exit status 2): stderr says why" in done.stderr
+
+
+@pytest.mark.real
+def test_connect_after_the_first_map_says_what_to_do(tmp_path: Path) -> None:
+    done = run(tmp_path, "import grid\nprint(*grid.map(abs, [-1]))\ngrid.connect()\n")
+    assert done.stdout == "1\n"
+    assert done.stderr.rstrip().endswith("on an embedded grid already: call grid.connect() before the first map or submit")
+
+
 @pytest.mark.real
 def test_map_never_iterated_is_done_before_the_script_ends(tmp_path: Path) -> None:
     done = run(

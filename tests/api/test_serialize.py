@@ -190,13 +190,18 @@ def test_exceptions_survive_or_are_given_up(script: types.ModuleType) -> None:
     class Needs(Exception):
         def __init__(self, one: int, two: int) -> None:
             super().__init__(one)
+            self.two = two
 
     for error in (ValueError("x"), OSError(2, "no", "file"), script.Odd("y"), ast.literal_eval):
         data = serialize.dump_exception(error)  # type: ignore[arg-type]
         copy = serialize.load_exception(data)
         if isinstance(error, BaseException):
             assert (type(copy), str(copy)) == (type(error), str(error))
-    assert serialize.dump_exception(Needs(1, 2)) == b""
+    kept = serialize.load_exception(serialize.dump_exception(Needs(1, 2)))
+    assert (type(kept), kept.args, kept.two) == (Needs, (1,), 2)  # type: ignore[union-attr]
+    locked = Needs(1, 2)
+    locked.two = threading.Lock()  # type: ignore[assignment]
+    assert serialize.dump_exception(locked) == b""
     assert serialize.load_exception(b"") is None
     assert serialize.load_exception(b"garbage") is None
 

@@ -199,6 +199,15 @@ def test_settings_saved_and_beaten(tmp_path: Path) -> None:
     assert home.settle(JoinOptions(), save=False).slots == config.slots_default()
 
 
+def test_last_port(tmp_path: Path) -> None:
+    home = Home.open(tmp_path / "home", create=True)
+    assert home.last_port == 0
+    home.remember_port(4744)
+    assert home.last_port == 4744
+    (home.path / "port").write_text("4744747")
+    assert home.last_port == 0
+
+
 def test_last_job(tmp_path: Path) -> None:
     home = Home.open(tmp_path / "h", create=True)
     assert home.last_job is None

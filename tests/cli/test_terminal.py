@@ -167,6 +167,15 @@ def test_running_stage_says_so_now_and_then_in_a_file(capsys: pytest.CaptureFixt
     assert "1 failed  3 peers  1.0/s" in lines[-1] or "1 failed  3 peers  1/s" in lines[-1]
 
 
+def test_words_begin_a_line_of_their_own_in_a_file(capfd: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.raw_stderr(b"\r1/2")
+    console.say("stage 0")
+    console.raw_stderr(b"\r2/2\n")
+    console.say("stage 1")
+    assert capfd.readouterr().err == "\r1/2\nstage 0\n\r2/2\nstage 1\n"
+
+
 def test_prints_left_out_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     now_s = 0.0
     prints = Prints(Console(), "abcdef0123", now=lambda: now_s)

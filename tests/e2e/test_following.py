@@ -78,6 +78,7 @@ def test_detached_job_is_followed_from_another_machine(three: list[Peer]) -> Non
     logs = second("logs", job)
     assert (logs.out, logs.err) == ("begun\n780\n", "careful\n")
     assert third("logs", job, "--task", "0:7").out == "task 7\n"
+    assert "no stage 9" in third("logs", job, "--task", "9:0").error
     lines = [json.loads(line) for line in second("logs", "--json", job).out.splitlines()]
     assert "".join(line["text"] for line in lines if line["stream"] == "stdout") == "begun\n780\n"
     result = second("result", job, "-o", "brought")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dht.core.invite import Invite
-from tests.e2e.grids import PROGRAM, Grid, Peer, until
+from tests.e2e.grids import PROGRAM, Grid, Peer, runs, until
 
 pytestmark = pytest.mark.real
 
@@ -81,6 +81,21 @@ def test_peer_comes_back_to_its_grid_by_itself(grid: Grid) -> None:
     second.kill()
     second.start()
     until(lambda: len(alive(first)) == 2, ALL_SEEN_S, "back after SIGKILL")
+
+
+def test_grid_that_was_down_finds_itself_again(grid: Grid) -> None:
+    peers = [first := grid.found(), grid.join(first)]
+    runs(first.job("import grid\nprint(sum(grid.map(abs, range(50))))"), "1225\n")
+    addresses = [peer.address for peer in peers]
+    for peer in peers:
+        peer.kill()
+    (peers[1].home / "jobs" / "ab" / "code").mkdir(parents=True)  # killed while it helped
+    for peer in peers:
+        peer.start()
+    assert [peer.address for peer in peers] == addresses  # port 0 means a free one, the same each time
+    until(lambda: all(len(alive(peer)) == 2 for peer in peers), ALL_SEEN_S, "both are back")
+    assert not (peers[1].home / "jobs" / "ab").exists()
+    assert "damaged" not in peers[1].log.read_text()
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,7 @@ def test_connect_makes_this_process_the_driver(peer: Peer) -> None:
 import grid
 def where(i): return grid.context().peer
 with grid.connect() as connection:
+    assert grid.connect() is connection  # a notebook's cell that runs again
     print(sum(grid.map(abs, range(10))), len(connection.job))
     assert set(grid.map(where, range(3)))
 """
