@@ -113,7 +113,7 @@ def _sandbox() -> Check:
         reason = str(error)
     if reason:
         return Check("sandbox", None, f"bubblewrap does not work here: {reason}", "allow user namespaces")
-    return Check("sandbox", True, f"{bwrap} works")
+    return Check("sandbox", True, f"{bwrap} works (jobs do not run in it yet)")
 
 
 def _peer(home: Home) -> Iterator[Check]:

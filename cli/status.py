@@ -14,6 +14,8 @@ from cli.options import Debug, Json, open_client
 from grid.api.client import Client
 
 WATCH_INTERVAL_S = 1.0
+JOBS_SHOWN_MAX = 15
+"""Below the peers, the newest first: more would push the peers off the screen."""
 
 
 def status(
@@ -46,7 +48,9 @@ def show(found: Mapping[str, Any]) -> None:
     )
     if jobs := list(found.get("jobs", ())):
         console.data("")
-        show_jobs(jobs)
+        show_jobs(jobs[:JOBS_SHOWN_MAX])
+        if len(jobs) > JOBS_SHOWN_MAX:
+            console.say(f"and {len(jobs) - JOBS_SHOWN_MAX} older jobs: grid jobs", "dim")
 
 
 def _peer_row(peer: Mapping[str, Any], own_id: object) -> list[str]:
