@@ -60,7 +60,8 @@ async def run_attached(peer: Peer, call: Call) -> Any:
     with tarfile.open(fileobj=archive, mode="w"):
         pass
     code = archive.getvalue()
-    blob = await peer.services.store.put(code, owner="attached", durable=True)
+    pins = f"attached:{secrets.token_hex(8)}"
+    blob = await peer.services.store.put(code, owner=pins, durable=True)
     spec = JobSpec(
         nonce=secrets.token_bytes(16),
         grid=peer.membership.grid,
@@ -83,7 +84,7 @@ async def run_attached(peer: Peer, call: Call) -> Any:
         lead.stream = stream
         return lead
 
-    lead = await peer.lead(spec, signed, make)
+    lead = await peer.lead(spec, signed, pins, make)
     while lead.view.outcome is None:
         await lead.view.bell.wait()
     return {}

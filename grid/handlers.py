@@ -7,11 +7,8 @@ whoever leads or keeps the job, and follows by long polls at byte offsets.
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -23,8 +20,9 @@ from grid.api.client import ControlError
 from grid.config import format_address
 from grid.control import Call, Handler
 from grid.core import limits
-from grid.core.job import FINAL, BlobRef, JobId, JobOptions, JobSpec, sign_spec
+from grid.core.job import FINAL, JobId, sign_spec
 from grid.core.messages import Answer, Ask, decode, encode
+from grid.submission import make_spec
 from grid.transport.errors import TransportError
 
 if TYPE_CHECKING:
@@ -134,10 +132,11 @@ class Handlers:
     async def submit(self, call: Call) -> Any:
         """Accept a packed script; unless detached, follow it to its end."""
         submission = call.params["submission"]
-        spec = await self._spec(submission)
-        signed = sign_spec(spec, self._peer.identity, self._peer.membership.chain)
+        pins = f"submit:{secrets.token_hex(8)}"
         try:
-            lead = await self._peer.lead(spec, signed)
+            spec = await make_spec(self._peer, submission, pins)
+            signed = sign_spec(spec, self._peer.identity, self._peer.membership.chain)
+            lead = await self._peer.lead(spec, signed, pins)
         except OSError as error:
             raise ControlError("disk", f"the job can't be kept on this peer's disk: {error.strerror}") from None
         await call.event("accepted", {"job": lead.job.hex()})
@@ -147,56 +146,6 @@ class Handlers:
         if not call.params.get("detach"):
             await self._follow(call, lead.job, 0, 0, True)
         return {}
-
-    async def _spec(self, submission: dict[str, Any]) -> JobSpec:
-        """Adopt the staged files as blobs and make the spec. Raises ControlError."""
-        store = self._peer.services.store
-        owner = f"submit:{secrets.token_hex(8)}"
-        options = submission.get("options") or {}
-
-        async def adopt(path: str) -> BlobRef:
-            size = os.stat(path).st_size
-            return BlobRef(bytes(await store.adopt(Path(path), owner=owner, durable=True)), size)
-
-        try:
-            for pack in submission.get("pack_paths") or ():
-                await adopt(str(pack))
-            stdin = options.get("stdin")
-            lock = submission.get("lock")
-            lock_ref = None
-            if lock:
-                blob = await store.put(lock.encode(), owner=owner, durable=True)
-                lock_ref = BlobRef(bytes(blob), len(lock.encode()))
-            return JobSpec(
-                nonce=secrets.token_bytes(16),
-                grid=self._peer.membership.grid,
-                submitter=self._peer.identity.public,
-                owner=bytes(self._peer.membership.owner),
-                name=str(submission["name"]),
-                script=str(submission["script"]),
-                argv=tuple(submission["argv"]),
-                code=await adopt(str(submission["code"])),
-                python=str(submission["python"]),
-                seed=int(options["seed"]) if options.get("seed") is not None else secrets.randbits(63),
-                created_s=time.time(),
-                options=_job_options(options),
-                lock=lock_ref,
-                inputs=await adopt(str(submission["manifest"])) if submission.get("manifest") else None,
-                stdin=await self._stdin(str(stdin), owner) if stdin else None,
-                env=tuple(sorted((submission.get("env") or {}).items())),
-                owner_name=self._peer.owner_name,
-            )
-        except OSError as error:
-            raise ControlError("staging", f"the submission can't be read: {error.strerror or error}") from None
-        except Exception as error:
-            if type(error).__name__ != "StoreFull":
-                raise
-            raise ControlError("disk-full", str(error), "free space, or give the peer a home on a larger disk") from None
-
-    async def _stdin(self, path: str, owner: str) -> BlobRef:
-        data = await trio.Path(path).read_bytes()
-        blob = await self._peer.services.store.put(data, owner=owner, durable=True)
-        return BlobRef(bytes(blob), len(data))
 
     # ---- following ----
 
@@ -377,21 +326,6 @@ class Handlers:
 
 def _job(params: dict[str, Any]) -> JobId:
     return JobId(bytes.fromhex(str(params["job"])))
-
-
-def _job_options(options: dict[str, Any]) -> JobOptions:
-    return JobOptions(
-        retries=int(options.get("retries") or 0),
-        task_timeout_s=float(options.get("task-timeout") or 0.0),
-        timeout_s=float(options.get("timeout") or 0.0),
-        cpus=int(options.get("cpus") or 1),
-        memory_bytes=int(options.get("memory") or 0),
-        tags=tuple(options.get("tags") or ()),
-        replicas=int(options.get("replicas") or 5),
-        strict=bool(options.get("strict")),
-        verify=str(options.get("verify") or ""),
-        network=bool(options.get("network")),
-    )
 
 
 def _peer_row(info: bytes) -> dict[str, Any]:

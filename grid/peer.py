@@ -361,21 +361,31 @@ class Peer:
             hint = "join with an invite of another role: grid invite --role member"
             raise ControlError("role", "this machine's membership doesn't let it submit jobs", hint)
 
-    async def lead(self, spec: JobSpec, signed: SignedSpec, make: Callable[[JobId], LeadJob] | None = None) -> LeadJob:
-        """Accept a job: on disk, announced, running when this returns. Raises ControlError, OSError."""
-        self.check_submit()
+    async def lead(
+        self, spec: JobSpec, signed: SignedSpec, pins: str, make: Callable[[JobId], LeadJob] | None = None
+    ) -> LeadJob:
+        """Accept a job: on disk, announced, running when this returns. Raises ControlError, OSError.
+
+        pins: the owner of the job's blobs in the store, let go when the job is over or was not accepted.
+        """
         job = job_id(signed.payload)
-        lead = make(job) if make is not None else LeadJob(job, spec, self.services, self.reach)
-        self.jobs.begin(job, lead, signed)
+        try:
+            self.check_submit()
+            lead = make(job) if make is not None else LeadJob(job, spec, self.services, self.reach)
+            self.jobs.begin(job, lead, signed)
+        except (ControlError, OSError):
+            self.services.store.unpin(pins)
+            raise
         lead.news = lambda: self._tell(job, lead, signed)
         self._tell(job, lead, signed)
-        self.nursery.start_soon(self._lead, lead)
+        self.nursery.start_soon(self._lead, lead, pins)
         return lead
 
-    async def _lead(self, lead: LeadJob) -> None:
+    async def _lead(self, lead: LeadJob, pins: str) -> None:
         try:
             await lead.run()
         finally:
+            self.services.store.unpin(pins)
             if lead.view.outcome is not None:
                 self.jobs.ended(lead)
 
