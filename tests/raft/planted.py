@@ -82,7 +82,7 @@ class AnswersEarly(Raft):
         return sorted(super()._taken(), key=lambda effect: isinstance(effect, Persist))
 
 
-class CountsItselfAway(Raft):
+class AcknowledgesUnmatched(Raft):
     """Believes that its own log agrees with the leader's wherever the leader starts."""
 
     def _refuse_entries(self, sender: NodeId, message: AppendEntries) -> None:
