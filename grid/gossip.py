@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from dht.core.codec import CodecError
-from dht.core.identity import BadSignature, PeerId
-from dht.core.membership import Certificate, Chain, MembershipError
+from dht.core.identity import PeerId
+from dht.core.membership import Certificate, Chain
 from grid.core import limits
 from grid.core.board import Board, Entry
-from grid.core.errors import RefusedError
 from grid.core.job import JobId, job_id, open_spec
 from grid.core.messages import JobNews, JobsWanted
 from grid.core.news import check_news
@@ -122,7 +120,3 @@ class Gossip:
         for peer in self._kept - chosen:
             self._mesh.unkeep(peer)
         self._kept = chosen
-
-
-NEWS_ERRORS = (RefusedError, BadSignature, MembershipError, CodecError)
-"""What bad news raises."""

@@ -73,7 +73,6 @@ class LeadJob:
         self.folder = services.jobs / job.hex()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.view = JobView(self.folder, clear=True)
-        self.began_s = time.time()
         self.outreach: Outreach | None = None
         self.place: JobPlace | None = None
         self.leader: Leader | None = None

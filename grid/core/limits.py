@@ -40,15 +40,11 @@ WORKER_RESTART_S: Final = 0.2
 """Before a worker is started after one that could not start: what was missing (memory, say) may be back."""
 RESEND_S: Final = 5.0
 """Completions for which the leader has no word for so long are sent again, though the connection stands."""
-DRIVER_EXIT_S_MAX: Final = 10.0
-"""For a driver that was told to end before it is killed."""
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 
 RETRIES_LOST_MAX: Final = 3
 """A task whose worker died this often while it ran is given up: it most likely kills its workers."""
-RETRIES_DEFAULT: Final = 0
-"""A task that raises is not run again unless the job asks: most exceptions come again."""
 TASKS_MAX: Final = 1 << 40
 """Task numbers of a stage; far over what a job can reach, far under what msgpack can't carry."""
 STAGES_MAX: Final = 1_000_000
