@@ -18,6 +18,7 @@ from grid.core.raft_base import Role
 from grid.core.raft_effects import (
     Change,
     Compacted,
+    Disconnected,
     Effect,
     Event,
     Point,
@@ -67,15 +68,18 @@ class Raft(Electing, Following):
         now_s: float,
         data: bytes = b"",
         timing: Timing | None = None,
+        payloads: tuple[bytes, ...] = (),
     ) -> tuple[Raft, list[Effect]]:
         """A first member of a new group, whose state is `data`: only where this incarnation has no journal of the group.
 
-        All first members get the same config, leader and data. Found the others before the leader: it leads at once, and
-        gives up when no majority answers within an election timeout. Raises ValueError on a bad configuration.
+        payloads: entries that follow the state, to be committed. All first members get the same config, leader, data and
+        payloads, or begin with an empty journal (`restart`): the leader brings those up, and none of them can stand before.
+        Found the leader last: it leads at once, and gives up when no majority answers within an election timeout. Raises
+        ValueError on a bad configuration.
         """
         if config.fault() or node not in config.members or leader not in config.voters:
             raise ValueError(f"no group can be founded: {config.fault() or 'its leader or this member is not in it'}")
-        records = founding(config, leader, data)
+        records = founding(config, leader, data, payloads)
         raft = cls(node, Durable(records), timing or Timing(), rng, now_s)
         raft._persist(Point.PERSIST_FOUNDING, records)
         raft._start()
@@ -114,6 +118,8 @@ class Raft(Electing, Following):
                 self._transfer(event.target)
             case Compacted():
                 self._compacted(event.index, event.data)
+            case Disconnected():
+                self._disconnected(event.node)
         return self._taken()
 
     def _receive(self, sender: NodeId, message: RaftMessage) -> None:

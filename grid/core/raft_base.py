@@ -77,6 +77,8 @@ class RaftBase:
         self.election_due_s = math.inf
         self.leader_heard_s = -math.inf
         """When a leader was last heard, as a follower."""
+        self.doubts_leader = False
+        """The connection to the leader broke, and it was not heard since."""
         self._rng = rng
         self._now_s = now_s
         self._wake_s = math.nan
@@ -160,6 +162,7 @@ class RaftBase:
     def _follow(self, leader: NodeId) -> None:
         """A legitimate leader of this term was heard now."""
         self.leader_heard_s = self._now_s
+        self.doubts_leader = False
         self._restart_election_timer()
         if self.leader != leader:
             self._require(self.leader is None, f"two leaders in term {self.term}: {self.leader} and {leader}")

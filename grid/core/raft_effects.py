@@ -105,7 +105,13 @@ class Compacted(_Value, frozen=True):
     data: bytes
 
 
-Event: TypeAlias = Tick | Receive | Propose | Change | Transfer | Compacted
+class Disconnected(_Value, frozen=True):
+    """The connection to this member broke: if it leads, it may be dead."""
+
+    node: NodeId
+
+
+Event: TypeAlias = Tick | Receive | Propose | Change | Transfer | Compacted | Disconnected
 
 
 # ---- effects ---------------------------------------------------------------------------------------------------------

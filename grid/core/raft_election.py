@@ -3,7 +3,8 @@
 Rules (sections of the dissertation):
 - one vote a term, on disk before it is told (3.4, 3.8); only for a log at least as up-to-date as the own (3.6.1);
 - nobody raises its term before a majority said it would vote for it (9.6), except where the leader told it to (3.10);
-- who heard a leader within the shortest election timeout neither votes nor takes over a candidate's term (4.2.3);
+- who heard a leader within the shortest election timeout neither votes nor takes over a candidate's term (4.2.3): a rule
+  against disruption, not for safety, so who lost its connection to the leader need not wait for the timeout;
 - learners and strangers vote when asked, since the candidate's configuration decides who counts (4.1), but never stand.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from grid.core.raft_base import Role
 from grid.core.raft_effects import Point
 from grid.core.raft_leader import Leading
+from grid.core.raft_limits import DOUBT_S
 from grid.core.raft_messages import NodeId, RequestVote, VoteReply
 
 
@@ -69,7 +71,15 @@ class Electing(Leading):
         """Whether a leader is known and was heard within the shortest election timeout."""
         if self.role is Role.LEADER:
             return True  # it would have stepped down
-        return self.leader is not None and self._now_s < self.leader_heard_s + self.timing.election_s
+        if self.leader is None or self.doubts_leader:
+            return False
+        return self._now_s < self.leader_heard_s + self.timing.election_s
+
+    def _disconnected(self, node: NodeId) -> None:
+        """A dead process' connections break at once: then neither its lease nor the election timeout need be waited for."""
+        if self.role is Role.FOLLOWER and self.leader == node:
+            self.doubts_leader = True
+            self.election_due_s = min(self.election_due_s, self._now_s + self._rng.random() * DOUBT_S)
 
     def _vote_request(self, sender: NodeId, request: RequestVote) -> None:
         """A candidate of this term (or, asking first, of a later one)."""

@@ -10,6 +10,9 @@ HEARTBEAT_S: Final = 0.2
 ELECTION_S: Final = 1.2
 """The shortest election timeout; the timeouts drawn lie in [ELECTION_S, 2 x ELECTION_S). A dead leader is replaced in about
 1.6 s, yet a peer whose disk or interpreter stalls for a second keeps its leadership."""
+DOUBT_S: Final = 0.15
+"""A follower whose connection to the leader broke stands within this time, by chance: so that one stands before the others, and
+after they lost their connections, too."""
 
 ENTRY_BYTES_MAX: Final = 768 << 10
 """Data of one entry: with its envelope it must fit one message of the transport (1 MiB)."""

@@ -65,10 +65,13 @@ class Durable:
         return (self.hard, *snapshot, *entries)
 
 
-def founding(config: Config, leader: NodeId, data: bytes = b"") -> tuple[Record, ...]:
+def founding(config: Config, leader: NodeId, data: bytes = b"", payloads: tuple[bytes, ...] = ()) -> tuple[Record, ...]:
     """What every first member's journal begins with: term 1, a vote for its appointed leader, the first configuration and
-    state as a snapshot of entry 1. The order matters: a journal cut in between promises less, not more."""
-    return HardState(1, leader), Snapshot(1, 1, config, data)
+    state as a snapshot of entry 1, entries that follow it. The order matters: a journal cut in between promises less, not
+    more."""
+    entries = tuple(Entry(index, 1, Kind.DATA, payload) for index, payload in enumerate(payloads, 2))
+    appended: tuple[Record, ...] = (Appended(entries),) if entries else ()
+    return HardState(1, leader), Snapshot(1, 1, config, data), *appended
 
 
 class RaftLog:
