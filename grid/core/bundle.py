@@ -105,6 +105,12 @@ class ResultRange(msgspec.Struct, array_like=True, frozen=True):
     blob: bytes  # b"" when inline
     size: int
     elapsed_us: int
+    segment: bytes = b""  # `segment_name` of the arguments: a later leader may have declared other ones, or elsewhere
+
+
+def segment_name(first: int, digest: bytes) -> bytes:
+    """What a task was run with: the same bytes at another place are other tasks' arguments. digest: BLAKE3."""
+    return first.to_bytes(8, "big") + digest
 
 
 class TaskFailure(msgspec.Struct, array_like=True, frozen=True):
@@ -119,6 +125,7 @@ class TaskFailure(msgspec.Struct, array_like=True, frozen=True):
     traceback: str
     exception: bytes
     elapsed_us: int
+    segment: bytes = b""
 
 
 class Completion(msgspec.Struct, array_like=True, frozen=True):

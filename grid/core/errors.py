@@ -29,6 +29,12 @@ class FencedError(RefusedError):
     code = "fenced"
 
 
+class NotLeadingError(GridError):
+    """This peer does not lead the job's log (any more): what was proposed may become a fact, or not."""
+
+    code = "not-leader"
+
+
 class JobUnknownError(GridError):
     """No peer that answers knows the job."""
 

@@ -9,6 +9,7 @@ No I/O, no clock. A replicated log can carry these calls as they are.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -66,14 +67,22 @@ class StageState:
 class Ledger:
     """The stages of one job."""
 
-    def __init__(self) -> None:
-        self.stages: list[StageState] = []
+    def __init__(self, next_stage: int = 0) -> None:
+        """next_stage: number of the first stage that no earlier leader opened."""
+        self.next_stage = next_stage
+        self._stages: dict[int, StageState] = {}
+
+    @property
+    def stages(self) -> Collection[StageState]:
+        """Those opened, in the order of opening."""
+        return self._stages.values()
 
     def stage(self, index: int) -> StageState:
         """Raises RefusedError for a stage that was never opened."""
-        if not 0 <= index < len(self.stages):
+        stage = self._stages.get(index)
+        if stage is None:
             raise RefusedError(f"the job has no stage {index}")
-        return self.stages[index]
+        return stage
 
     def open_stage(
         self,
@@ -85,12 +94,18 @@ class Ledger:
         function_size: int,
         parent: tuple[int, int] | None = None,
         occurrence: int = 0,
+        index: int | None = None,
     ) -> StageState:
-        """A new stage, numbered in the order of opening."""
-        if len(self.stages) >= limits.STAGES_MAX:
+        """A stage: `index`, which an earlier leader opened, or a new one, numbered in the order of opening."""
+        if len(self._stages) >= limits.STAGES_MAX:
             raise RefusedError(f"a job can have {limits.STAGES_MAX} stages")
-        stage = StageState(len(self.stages), name, ordered, options, function, function_size, parent, occurrence)
-        self.stages.append(stage)
+        if index is None:
+            index = self.next_stage
+            self.next_stage += 1
+        assert index < self.next_stage
+        assert index not in self._stages
+        stage = StageState(index, name, ordered, options, function, function_size, parent, occurrence)
+        self._stages[index] = stage
         return stage
 
     def add_segments(self, index: int, first: int, pieces: list[tuple[int, int, tuple[bytes, ...]]]) -> tuple[int, int]:

@@ -13,6 +13,11 @@ CLAIM_MISSED_MAX: Final = 2
 """Heartbeats for which a range may go unclaimed before it is requeued: one may be in flight while it moves."""
 LEASE_S: Final = 3.0
 """A peer whose claims are older than this holds nothing any more, whether its connection stands or not (a stopped process)."""
+CLAIMANTS_MAX: Final = 32
+"""Helpers of a job whose heartbeats its leader takes each HEARTBEAT_S. With twice as many each sends half as often, so that a
+leader's load does not grow with them; leases grow alike, connections that break are noticed at once all the same."""
+LEASE_HEARTBEATS: Final = 6
+"""Heartbeats in LEASE_S, at whatever interval they come."""
 GRAIN_S: Final = 0.05
 """Work in one bundle for a worker: long enough that its messages don't count, short enough that little is lost or waits."""
 STEAL_LOW_WATER_S: Final = 0.25
@@ -22,6 +27,11 @@ STEAL_TIMEOUT_S: Final = 5.0
 STEAL_BACKOFF_S: Final = 0.02
 STEAL_BACKOFF_S_MAX: Final = 1.0
 """Between asks that brought nothing. The last value bounds how late a thief finds work that no poke told it of."""
+THIEVES_PER_S_MAX: Final = 128
+"""Asks of thieves without work that a leader wants to answer a second: when more are waiting, each is told to ask less often. One
+of them finds work as soon as before."""
+REFERRAL_S: Final = 1.0
+"""A holder that was named to thieves counts for less this long, or until it says what it holds: that may take many seconds."""
 COMPLETION_DELAY_S: Final = 0.01
 """Completions wait this long for company: one message and one signature carry many."""
 WORKER_IDLE_S: Final = 30.0
@@ -96,6 +106,8 @@ NEIGHBOURS: Final = 8
 """Peers to which announcements are passed on: a random graph of this degree is connected with near certainty."""
 WAITING_THIEVES_MAX: Final = 32
 """Thieves a victim pokes when it has work again; others find it by asking."""
+SEEKING_MAX: Final = 4_096
+"""Thieves that a leader counts as being without work."""
 HINTS_MAX: Final = 4
 """Other holders of work named in an empty answer."""
 HOLDERS_MAX: Final = 16

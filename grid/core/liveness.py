@@ -3,13 +3,14 @@
 Moves between peers need no accounting (DESIGN, section 7): each peer's heartbeat lists what it holds, and replaces what it
 listed before. Rules:
 - a range is requeued when no live peer claimed it in CLAIM_MISSED_MAX consecutive sweeps, a heartbeat apart;
-- a peer that is gone, or silent for LEASE_S, claims nothing;
+- a peer that is gone, or silent for LEASE_HEARTBEATS, claims nothing;
 - a grant counts as the thief's claim from the moment it is given, so that the first heartbeat may come late.
 No I/O; `now` is an argument, in seconds of a clock that counts suspend.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from dht.core.identity import PeerId
@@ -24,9 +25,19 @@ class Claims:
     """The claim table of one job's leader, its own peer not included."""
 
     def __init__(self) -> None:
+        self.interval_s = limits.HEARTBEAT_S
+        """Between heartbeats of one peer, as the leader asked for it."""
         self._held: dict[PeerId, dict[int, RangeSet]] = {}
         self._heard_s: dict[PeerId, float] = {}
         self._suspects: dict[int, list[RangeSet]] = {}
+
+    def pace(self) -> float:
+        """How often each peer should be heard, in seconds: less often the more there are. In steps of two, never shorter again:
+        those who were not told yet must not be taken for lost.
+        """
+        while self.interval_s * limits.CLAIMANTS_MAX < len(self._heard_s) * limits.HEARTBEAT_S:
+            self.interval_s *= 2
+        return self.interval_s
 
     def peers(self) -> list[PeerId]:
         """Peers that claim something or were heard lately."""
@@ -35,6 +46,14 @@ class Claims:
     def held(self, peer: PeerId, stage: int) -> RangeSet:
         """What the peer claims of a stage."""
         return self._held.get(peer, {}).get(stage, RangeSet())
+
+    def table(self, peer: PeerId) -> Mapping[int, RangeSet]:
+        """All that the peer claims, by stage."""
+        return self._held.get(peer, {})
+
+    def silent_s(self, peer: PeerId, now_s: float) -> float:
+        """Seconds since the peer's last heartbeat; infinite if there was none."""
+        return now_s - self._heard_s.get(peer, -math.inf)
 
     def total(self, peer: PeerId) -> int:
         """Tasks the peer claims."""
@@ -76,7 +95,7 @@ class Claims:
     ) -> list[tuple[int, int, int]]:
         """Once a heartbeat: given all unsettled ranges and what the leader's own peer holds, return what to requeue."""
         for peer, heard_s in list(self._heard_s.items()):
-            if now_s - heard_s > limits.LEASE_S:
+            if now_s - heard_s > self.interval_s * limits.LEASE_HEARTBEATS:
                 self.lose(peer)
         requeue: list[tuple[int, int, int]] = []
         suspects: dict[int, list[RangeSet]] = {}

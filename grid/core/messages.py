@@ -14,6 +14,7 @@ import msgspec
 from dht.core import codec
 from grid.core.bundle import Signed
 from grid.core.job import SignedSpec
+from grid.core.mandate import Branch, Endorsement, Mandate
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True):
@@ -26,8 +27,22 @@ Ranges: TypeAlias = tuple[tuple[int, int], ...]
 # ---- gossip ----------------------------------------------------------------------------------------------------------
 
 
+class Elected(msgspec.Struct, array_like=True, frozen=True):
+    """Somebody led a branch in an epoch, by this mandate."""
+
+    branch: bytes
+    epoch: int
+    leader: bytes
+    mandate: Mandate
+
+
 class JobNews(Message, tag=1, frozen=True):
-    """A job exists and who leads it; or that it ended. A higher (epoch, version) replaces a lower. Passed on once."""
+    """A job exists and who leads it; or that it ended. A higher (epoch, version) replaces a lower. Passed on once.
+
+    Epochs compare only within a branch; `mandate` shows that its replicas know this leader (empty in epoch 1 of the root).
+    `key` is the leader's (b"": the submitter's). `lineage`: for who knows none of the mandate's voters, earlier mandates that
+    lead from peers the spec names to them, oldest first.
+    """
 
     spec: SignedSpec
     epoch: int
@@ -37,6 +52,10 @@ class JobNews(Message, tag=1, frozen=True):
     state: str
     work: bool  # the leader has ranges to give
     signature: bytes = b""  # by the leader; see grid/core/news.py
+    branch: Branch = Branch()
+    mandate: Mandate = Mandate()
+    key: bytes = b""
+    lineage: tuple[Elected, ...] = ()
 
 
 class JobsWanted(Message, tag=2, frozen=True):
@@ -75,6 +94,7 @@ class Nothing(Message, tag=12, frozen=True):
     parked: bool = False
     state: str = ""
     fence: int = 0  # the epoch the victim knows, when higher
+    pause_ms: int = 0  # from a leader: ask no more often than this for now
 
 
 class GrantTaken(Message, tag=13, frozen=True):
@@ -100,6 +120,13 @@ class Claims(Message, tag=15, frozen=True):
     busy: int
     have: tuple[bytes, ...] = ()
     blocked: str = ""  # why this peer can't run the job's tasks, for `explain`
+
+
+class Beat(Message, tag=59, frozen=True):
+    """From the leader: send Claims this often from now on, in this epoch."""
+
+    job: bytes
+    interval_ms: int
 
 
 # ---- completions -----------------------------------------------------------------------------------------------------
@@ -136,10 +163,14 @@ class Printed(Message, tag=23, frozen=True):
 
 
 class Have(Message, tag=24, frozen=True):
-    """Tasks stored these blobs at the sender (`grid.put`). It goes before any frame or result that may name them."""
+    """The sender holds these blobs: its tasks stored them (`grid.put`; this goes before any frame or result that may name
+    them), or it was asked to keep them. `refused`: it was asked to, and does not. `sizes`: in bytes, of what tasks stored.
+    """
 
     job: bytes
     blobs: tuple[bytes, ...]
+    refused: tuple[bytes, ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 # ---- children of tasks -----------------------------------------------------------------------------------------------
@@ -210,6 +241,81 @@ class Renewed(Message, tag=45, frozen=True):
     chain: bytes
 
 
+# ---- replicas --------------------------------------------------------------------------------------------------------
+
+
+class Enlist(Message, tag=50, frozen=True):
+    """Request: hold a replica of this job's log on this branch, empty as yet. An older one of that branch here is void then."""
+
+    spec: SignedSpec
+    branch: Branch
+    blobs: tuple[tuple[bytes, int], ...] = ()  # (blob, size) the job needs wherever it is led: fetched in the background
+
+
+class Enlisted(Message, tag=51, frozen=True):
+    """Reply to Enlist: the journal exists on disk under this incarnation."""
+
+    incarnation: int
+
+
+class Mail(Message, tag=52, frozen=True):
+    """A consensus message between two replicas of a branch of a job (grid/core/raft_messages.py)."""
+
+    job: bytes
+    branch: bytes
+    sender: int  # incarnations; the peers are the session's two ends
+    to: int
+    data: bytes
+
+
+class Dismissed(Message, tag=53, frozen=True):
+    """From a branch's leader: this incarnation is in its group no more. Its journal may go."""
+
+    job: bytes
+    branch: bytes
+    incarnation: int
+
+
+class Survey(Message, tag=54, frozen=True):
+    """Request: what do you have of this job? Asked when no leader was heard for a while."""
+
+    job: bytes
+    branch: bytes
+
+
+class Surveyed(Message, tag=55, frozen=True):
+    """Reply to Survey. `led`: the sender hears (or is) a leader. Without a replica of that branch: incarnation 0."""
+
+    incarnation: int
+    term: int = 0
+    last_term: int = 0
+    last_index: int = 0
+    led: bool = False
+    final: bool = False
+
+
+class Endorse(Message, tag=56, frozen=True):
+    """Request to a voter by the leader of `epoch`: sign that you know me as such."""
+
+    job: bytes
+    branch: bytes
+    epoch: int
+
+
+class Endorsed(Message, tag=57, frozen=True):
+    """Reply to Endorse."""
+
+    endorsement: Endorsement
+
+
+class Keep(Message, tag=58, frozen=True):
+    """From a job's leader: fetch these blobs (blob, size) from me or `holders` and keep them for the job. Answered by Have."""
+
+    job: bytes
+    blobs: tuple[tuple[bytes, int], ...]
+    holders: tuple[bytes, ...] = ()
+
+
 AnyMessage: TypeAlias = (
     JobNews
     | JobsWanted
@@ -219,6 +325,7 @@ AnyMessage: TypeAlias = (
     | GrantTaken
     | Poke
     | Claims
+    | Beat
     | Completed
     | Accepted
     | Drop
@@ -232,6 +339,15 @@ AnyMessage: TypeAlias = (
     | Renewed
     | FindBlob
     | Holders
+    | Enlist
+    | Enlisted
+    | Mail
+    | Dismissed
+    | Survey
+    | Surveyed
+    | Endorse
+    | Endorsed
+    | Keep
 )
 
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)

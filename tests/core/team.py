@@ -31,7 +31,7 @@ class Helper:
         self.id: PeerId = identity.id
         self.post = FakePost()
         self.data = FakeData(folder / "blobs", team.blobs)
-        self.remote = Remote(JOB, 1, LEADER.id, cast(Any, self.data), identity, identity.id, cast(Any, self.post))
+        self.remote = Remote(JOB, team.epoch, team.id, cast(Any, self.data), identity, identity.id, cast(Any, self.post))
         self.place = Place(team.nursery, folder / "spool", self.remote, slots)
         self.place.site._fetch = self._fetch
         self.remote.attach(self.place.site)
@@ -47,16 +47,25 @@ class Helper:
 class Team:
     """The leader's peer and its helpers. Messages wait in each one's post until a test hands them over."""
 
-    def __init__(self, nursery: trio.Nursery, folder: Path, helpers: int = 1, slots: int = 0) -> None:
+    def __init__(
+        self,
+        nursery: trio.Nursery,
+        folder: Path,
+        helpers: int = 1,
+        slots: int = 0,
+        identity: Identity = LEADER,
+        epoch: int = 1,
+    ) -> None:
+        self.id, self.epoch = identity.id, epoch
         self.nursery = nursery
         self.folder = folder
         self.blobs: dict[bytes, bytes] = {}
         self.post = FakePost()
         self.data = FakeData(folder / "blobs", self.blobs)
-        self.leader = Leader(JOB, LEADER.id, StageOptions(), bodies.Spool(folder / "spool"), lambda *entry: None)
+        self.leader = Leader(JOB, identity.id, StageOptions(), bodies.Spool(folder / "spool"), lambda *entry: None)
         self.place = Place(nursery, folder / "spool", self.leader, slots)
         self.site = self.leader.site = self.place.site
-        self.outreach = Outreach(self.leader, cast(Any, self.data), LEADER, 1, cast(Any, self.post), nursery)
+        self.outreach = Outreach(self.leader, cast(Any, self.data), identity, epoch, cast(Any, self.post), nursery)
         self.driver = Driver(self.leader.spool)
         self.producer = Producer(self.leader, self.driver.post, nested=False)
         self.helpers = [Helper(self, IDENTITIES[n], folder / f"helper{n}", slots=0) for n in range(helpers)]
@@ -78,7 +87,7 @@ class Team:
         question = helper.remote.ask(slots)
         answer = await (self.outreach.steal(helper.id, question) if victim is None else victim.remote.steal(helper.id, question))
         if isinstance(answer, Give):
-            await helper.remote.take(LEADER.id if victim is None else victim.id, answer)
+            await helper.remote.take(self.id if victim is None else victim.id, answer)
         else:
             assert isinstance(answer, Nothing)
         return answer
@@ -90,11 +99,11 @@ class Team:
             sent, self.post.sent = self.post.sent, []
             for to, message in sent:
                 if to in peers:
-                    await peers[to].remote.handle(LEADER.id, message)
+                    await peers[to].remote.handle(self.id, message)
             for helper in self.helpers:
                 sent, helper.post.sent = helper.post.sent, []
                 for to, message in sent:
-                    if to == LEADER.id:
+                    if to == self.id:
                         await self.outreach.handle(helper.id, message)
                     else:
                         await peers[to].remote.handle(helper.id, message)

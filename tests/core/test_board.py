@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from dht.core.identity import Identity
 from grid.core import limits
-from grid.core.board import Board
+from grid.core.board import CONFLICTS_MAX, Board
 from grid.core.job import CANCELLED, FINAL, FINISHED, RUNNING, JobId
+from grid.core.mandate import Branch, Endorsement, Mandate
+from grid.core.messages import JobNews
 from tests.core.material import LEADER, news, signed_spec, spec
 
 SPEC, SIGNED = spec(), signed_spec()
@@ -63,6 +67,127 @@ def test_job_that_is_over_stays_known_and_stays_over() -> None:
     entry = board.get(job(1))
     assert entry is not None
     assert not entry.live
+
+
+def test_outcome_beats_later_news_of_the_same_branch() -> None:
+    board = Board()
+    hear(board, 1, 0.0, epoch=4, version=9)
+    assert hear(board, 1, 1.0, epoch=3, version=2, state=FINISHED)
+
+
+CHILD = Branch(b"c" * 20, (b"",), 2, 5)
+SIBLING = Branch(b"d" * 20, (b"",), 2, 5)
+
+
+def on(branch: Branch, epoch: int, version: int, state: str = RUNNING, voters: tuple[bytes, ...] = ()) -> JobNews:
+    known = news(epoch=epoch, version=version, state=state, signed=SIGNED)
+    return msgspec.structs.replace(known, branch=branch, mandate=Mandate(voters))
+
+
+def test_branch_replaces_what_it_was_opened_from_and_is_replaced_by_newer_news_of_it() -> None:
+    board = Board()
+    hear(board, 1, 0.0, epoch=2, version=5)
+    assert board.hear(job(1), SPEC, on(CHILD, 3, 1), 1.0)
+    assert not hear(board, 1, 2.0, epoch=2, version=5)
+    assert hear(board, 1, 3.0, epoch=2, version=6)  # its majority lives
+    assert not board.hear(job(1), SPEC, on(CHILD, 9, 9), 4.0)
+
+
+def test_of_two_branches_the_lower_name_goes_on() -> None:
+    board = Board()
+    board.hear(job(1), SPEC, on(SIBLING, 9, 9), 0.0)
+    assert board.hear(job(1), SPEC, on(CHILD, 3, 1), 1.0)
+    assert not board.hear(job(1), SPEC, on(SIBLING, 9, 10), 2.0)
+
+
+def test_outcome_of_another_branch_is_remembered_and_passed_on_once() -> None:
+    board = Board()
+    board.hear(job(1), SPEC, on(CHILD, 3, 1, FINISHED), 0.0)
+    assert board.hear(job(1), SPEC, on(SIBLING, 3, 1, CANCELLED), 1.0)
+    assert not board.hear(job(1), SPEC, on(SIBLING, 3, 1, CANCELLED), 2.0)
+    entry = board.get(job(1))
+    assert entry is not None
+    assert (entry.news.branch, entry.news.state) == (CHILD, FINISHED)
+    assert entry.conflict is not None
+    assert (entry.conflict.branch, entry.conflict.state) == (SIBLING.name, CANCELLED)
+
+
+def test_outcome_that_wins_replaces_the_one_shown_and_the_conflict_stays() -> None:
+    board = Board()
+    board.hear(job(1), SPEC, on(CHILD, 3, 1, CANCELLED), 0.0)
+    assert not hear(board, 1, 1.0, epoch=2, version=9)  # it goes on elsewhere: no outcome yet
+    assert hear(board, 1, 2.0, epoch=2, version=10, state=FINISHED)
+    entry = board.get(job(1))
+    assert entry is not None
+    assert (entry.news.branch, entry.news.state) == (Branch(), FINISHED)
+    assert [conflict.branch for conflict in entry.conflicts] == [CHILD.name]
+
+
+def test_outcome_of_a_branch_that_lost_is_no_conflict_while_the_job_runs() -> None:
+    board = Board()
+    hear(board, 1, 0.0, epoch=2, version=9)
+    assert board.hear(job(1), SPEC, on(CHILD, 3, 1, FINISHED), 1.0)
+    entry = board.get(job(1))
+    assert entry is not None
+    assert entry.live
+    assert entry.conflict is None
+    hear(board, 1, 2.0, epoch=2, version=10, state=FINISHED)
+    assert entry.conflict is not None
+
+
+def test_conflicts_are_bounded() -> None:
+    board = Board()
+    board.hear(job(1), SPEC, on(Branch(b"a", (b"",)), 3, 1, FINISHED), 0.0)
+    for number in range(2 * CONFLICTS_MAX):
+        board.hear(job(1), SPEC, on(Branch(b"b%d" % number, (b"",)), 3, 1, FINISHED), 1.0)
+    entry = board.get(job(1))
+    assert entry is not None
+    assert len(entry.conflicts) == CONFLICTS_MAX
+
+
+def test_peers_that_hold_a_job_latest_first() -> None:
+    board = Board()
+    board.hear(job(1), SPEC, on(Branch(), 2, 1, voters=(b"a", b"b")), 0.0)
+    board.hear(job(1), SPEC, on(Branch(), 3, 1, voters=(b"c", b"a")), 1.0)
+    entry = board.get(job(1))
+    assert entry is not None
+    assert entry.voters == (b"c", b"a", b"b")
+    assert entry.keepers == (LEADER.id, b"c", b"a", b"b")
+
+
+PEERS = [LEADER, *(Identity(bytes([n]) * 32) for n in range(1, 5))]
+
+
+def elected(epoch: int, *voters: int) -> JobNews:
+    """News of a leader whom these endorse; 0: the submitter's peer."""
+    backers = tuple(Endorsement(PEERS[n].public, b"") for n in voters)
+    return msgspec.structs.replace(on(Branch(), epoch, 1), mandate=Mandate(tuple(PEERS[n].id for n in voters), backers))
+
+
+def test_lineage_is_the_shortest_chain_to_peers_the_spec_names() -> None:
+    board = Board()
+
+    def epochs(news_: JobNews) -> list[int]:
+        return [link.epoch for link in board.lineage(job(1), news_)]
+
+    assert epochs(elected(2, 0, 1)) == []
+    board.hear(job(1), SPEC, elected(2, 0, 1), 0.0)
+    assert epochs(elected(3, 1, 2)) == [2]
+    board.hear(job(1), SPEC, elected(3, 1, 2), 1.0)
+    assert epochs(elected(3, 1, 2)) == [2]
+    assert epochs(elected(4, 2, 3)) == [2, 3]
+    assert epochs(elected(4, 1, 3)) == [2]
+    assert epochs(elected(4, 0, 3)) == []
+
+
+def test_who_listens_is_told_of_what_is_new() -> None:
+    board = Board()
+    told: list[JobId] = []
+    board.listeners.append(told.append)
+    hear(board, 1, 0.0)
+    hear(board, 1, 0.0)
+    hear(board, 2, 0.0)
+    assert told == [job(1), job(2)]
 
 
 def test_unknown_job() -> None:
@@ -122,7 +247,7 @@ class Twin(RuleBasedStateMachine):
     def hear(self, number: int, epoch: int, version: int, state: str) -> None:
         self.now_s += 1.0
         known = self.twin.get(number)
-        fresh = known is None or (known.state not in FINAL and (epoch, version) > known.order)
+        fresh = known is None or (known.state not in FINAL and (state in FINAL or (epoch, version) > known.order))
         assert hear(self.real, number, self.now_s, epoch=epoch, version=version, state=state) == fresh
         if fresh:
             self.twin[number] = Known((epoch, version), state, self.now_s)

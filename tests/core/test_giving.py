@@ -86,7 +86,8 @@ def report(helper: Helper, lo: int, hi: int, body: bytes | None = None, stage: i
 
 
 async def send_batch(helper: Helper) -> Completed:
-    batch = await helper.remote._batch()
+    batch, ranges = await helper.remote.reports.next()
+    helper.remote._release_segments(ranges)
     helper.post.post(LEADER.id, batch)
     return batch
 
@@ -291,6 +292,18 @@ async def test_empty_victim_parks_the_thief_and_names_others(make: Make) -> None
     assert team.post.sent == []
 
 
+async def test_thieves_of_a_leader_without_work_are_told_to_ask_less_often_the_more_they_are(make: Make) -> None:
+    team = make()
+    pauses = []
+    for number in range(4 * limits.THIEVES_PER_S_MAX):
+        answer = await team.outreach.steal(PeerId(number.to_bytes(20, "big")), Steal(JOB, 1, 1))
+        assert isinstance(answer, Nothing)
+        pauses.append(answer.pause_ms)
+    assert pauses[0] <= 1000 * limits.STEAL_BACKOFF_S_MAX
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 4000
+
+
 async def test_thief_of_another_epoch_is_fenced(make: Make) -> None:
     team = make()
     team.page(10)
@@ -454,7 +467,7 @@ async def test_result_goes_home_and_is_held_until_it_is_acknowledged(make: Make)
     assert thief.site.stages[0].held == {}, "but its arguments are not needed any more"
     await team.deliver()
     assert not thief.remote.held()
-    assert not thief.remote._sent
+    assert not thief.remote.reports._sent
     assert team.driver.values() == {index: index * 10 for index in range(5, 10)}
     assert team.leader.tallies[thief.id].done == 5
 
@@ -472,7 +485,7 @@ async def test_resent_batch_is_acknowledged_and_not_counted_twice(make: Make) ->
     thief.post.sent.clear()
     thief.remote.reconnected()
     await team.deliver()
-    assert not thief.remote._sent
+    assert not thief.remote.reports._sent
     assert team.leader.tallies[thief.id].executed == 5
 
 
@@ -486,13 +499,13 @@ async def test_batch_that_was_lost_is_sent_again_after_a_while(make: Make, autoj
     report(thief, 7, 10)
     await send_batch(thief)
     await team.deliver()
-    assert thief.remote._sent
-    thief.remote._claim()
+    assert thief.remote.reports._sent
+    thief.remote._tidy()
     assert thief.post.take(Completed) == []
     await trio.sleep(limits.RESEND_S + 0.1)
-    thief.remote._claim()
+    thief.remote._tidy()
     await team.deliver()
-    assert not thief.remote._sent
+    assert not thief.remote.reports._sent
     assert len(team.driver.values()) == 5
 
 
@@ -503,7 +516,7 @@ async def test_peer_that_was_restarted_counts_its_batches_anew(make: Make, tmp_p
     report(thief, 5, 6)
     await send_batch(thief)
     await team.deliver()
-    late = Accepted(JOB, 1, thief.remote._session)
+    late = Accepted(JOB, 1, thief.remote.reports._session)
     await trio.sleep(0.001)
     again = Helper(team, THIEF, tmp_path / "again", 0)
     team.helpers[0] = again
@@ -513,9 +526,9 @@ async def test_peer_that_was_restarted_counts_its_batches_anew(make: Make, tmp_p
     report(again, lo, hi)
     await send_batch(again)
     await again.remote.handle(LEADER.id, late)
-    assert again.remote._sent, "the old session's acknowledgement says nothing of the new one"
+    assert again.remote.reports._sent, "the old session's acknowledgement says nothing of the new one"
     await team.deliver()
-    assert not again.remote._sent
+    assert not again.remote.reports._sent
     assert set(team.driver.values()) == {5, *range(lo, hi)}
 
 
@@ -525,10 +538,10 @@ async def test_large_result_is_fetched_and_acknowledged_then(make: Make) -> None
     report(thief, 5, 10, result_bytes(5, 10) + b" " * limits.RESULT_INLINE_BYTES)
     await send_batch(thief)
     await team.deliver()
-    assert thief.remote._sent
+    assert thief.remote.reports._sent
     await settle()
     await team.deliver()
-    assert not thief.remote._sent
+    assert not thief.remote.reports._sent
     assert len(team.driver.values()) == 5
     assert thief.data.store.unpinned
     assert team.data.store.unpinned
@@ -597,7 +610,7 @@ async def test_failures_travel_with_bounded_texts(make: Make) -> None:
         text = "\u20ac" * 200_000
         thief.remote.failure(0, wire.Failed(1, index, "raised", "E", text, text, 1, False), b"x" * limits.RESULT_INLINE_BYTES)
     batches = 0
-    while thief.remote._failures:
+    while thief.remote.reports._failures:
         assert len(codec.encode(await send_batch(thief))) < 1 << 20
         batches += 1
     assert batches > 1
@@ -614,7 +627,7 @@ async def test_one_batch_stays_under_a_frame(make: Make) -> None:
     await team.deliver()
     for index in range(20, 40):
         report(thief, index, index + 1, result_bytes(index, index + 1) + b" " * 60_000)
-    while thief.remote._results:
+    while thief.remote.reports._results:
         assert len(codec.encode(await send_batch(thief))) < 1 << 20
     await team.deliver()
     assert len(team.driver.values()) == 20

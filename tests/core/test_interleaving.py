@@ -308,7 +308,7 @@ async def test_every_task_is_told_once_whatever_happens(
         await trio.sleep(QUIET_S)
         for helper in world.peers.values():
             assert not helper.remote.held(), "held for ever"
-            assert not helper.remote._sent
+            assert helper.remote.reports.settled
             assert not helper.site.stages or not helper.site.stages[0].held, "arguments of nothing"
         assert not team.site.held()
         assert team.outreach.giver.held() == []

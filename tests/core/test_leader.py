@@ -54,8 +54,7 @@ class Driver:
             if message.path:
                 data = Path(message.path).read_bytes()
                 Path(message.path).unlink()
-            first = message.first if message.first >= 0 else message.lo
-            values = json.loads(data)[message.lo - first : message.hi - first]
+            values = json.loads(data)[message.skip : message.skip + message.hi - message.lo]
             assert len(values) == message.hi - message.lo
             for index, value in zip(range(message.lo, message.hi), values, strict=True):
                 assert index not in found, "delivered twice"

@@ -192,3 +192,18 @@ class Naive(RuleBasedStateMachine):
 
 TestNaive = Naive.TestCase
 TestNaive.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_many_claimants_are_heard_less_often_and_kept_longer() -> None:
+    claims = Claims()
+    peers = [PeerId(number.to_bytes(20, "big")) for number in range(4 * limits.CLAIMANTS_MAX)]
+    assert claims.pace() == limits.HEARTBEAT_S
+    for peer in peers:
+        claims.claim(peer, {0: [(0, 1)]}, 100.0)
+    assert claims.pace() == 4 * limits.HEARTBEAT_S
+    assert len(peers) / claims.interval_s <= limits.CLAIMANTS_MAX / limits.HEARTBEAT_S  # the leader's load stays
+    claims.sweep({}, {}, 100.0 + 1.5 * limits.LEASE_S)
+    assert len(claims.peers()) == len(peers)
+    claims.sweep({}, {}, 100.0 + 4 * limits.LEASE_S + 0.1)
+    assert claims.peers() == []
+    assert claims.pace() == 4 * limits.HEARTBEAT_S  # whoever comes back may not have been told otherwise

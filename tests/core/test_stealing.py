@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -11,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from dht.core.identity import PeerId
 from grid.core import limits
 from grid.core.job import JobId
-from grid.core.stealing import Ask, Thief, Wait
+from grid.core.stealing import Ask, Referrals, Thief, Wait
 
 J, K = JobId(b"j" * 32), JobId(b"k" * 32)
 LEADER, A, B, C = (PeerId(name * 20) for name in (b"l", b"a", b"b", b"c"))
@@ -65,6 +67,47 @@ def test_backoff_doubles_up_to_its_bound() -> None:
         now_s = decision.until_s
     assert pauses[0] <= 1.5 * limits.STEAL_BACKOFF_S
     assert all(0.5 * limits.STEAL_BACKOFF_S_MAX <= pause <= 1.5 * limits.STEAL_BACKOFF_S_MAX for pause in pauses[-4:])
+
+
+def test_leader_that_many_ask_is_asked_less_often() -> None:
+    """A thousand peers without work would ask their leader a thousand times a second."""
+    made = thief(J)
+    now_s, asks = 0.0, 0
+    while now_s < 80:
+        assert victim(made, now_s) == LEADER
+        made.paced(J, 8.0)
+        made.refused(J, (), now_s)
+        decision = made.next(now_s, lambda job: 2)
+        assert isinstance(decision, Wait)
+        assert decision.until_s is not None
+        now_s, asks = decision.until_s, asks + 1
+    assert 10 <= asks <= 10 + 80 / 4
+    made.poked(J, LEADER, now_s - 0.1)
+    assert victim(made, now_s - 0.1) == LEADER
+
+
+@pytest.mark.parametrize(("told_s", "most_s"), [(0.0, limits.STEAL_BACKOFF_S_MAX), (1e9, limits.JOB_FORGET_S), (-1.0, 1.0)])
+def test_what_a_leader_asks_for_has_its_bounds(told_s: float, most_s: float) -> None:
+    made = thief(J)
+    now_s = 0.0
+    for _ in range(16):
+        assert victim(made, now_s) == LEADER
+        made.paced(J, told_s)
+        made.refused(J, (), now_s)
+        before_s, now_s = now_s, now_s + 1.5 * most_s
+    assert victim(made, before_s + 0.4 * most_s) is None
+    assert victim(made, now_s) == LEADER
+
+
+def test_pace_of_another_than_the_leader_does_not_count() -> None:
+    made = thief(J)
+    assert victim(made, 0.0) == LEADER
+    made.refused(J, (A,), 0.0)
+    assert victim(made, 0.0) == A
+    made.paced(J, 8.0)
+    for n in range(12):
+        made.refused(J, (), 10.0 * n)
+        assert victim(made, 10.0 * n + 1.5 * limits.STEAL_BACKOFF_S_MAX) == LEADER
 
 
 def test_grant_ends_the_backoff() -> None:
@@ -182,6 +225,70 @@ def test_new_leader_is_asked() -> None:
     made.refused(J, (A,), 0.0)
     made.job_known(J, C, False, 0.0)
     assert victim(made, 0.0) == C
+
+
+PEERS = [PeerId(random.Random(n).randbytes(20)) for n in range(200)]
+
+
+def referrals(surplus: dict[PeerId, int]) -> Referrals:
+    made = Referrals(lambda peer: surplus.get(peer, 0))
+    for peer in surplus:
+        made.heard(peer)
+    return made
+
+
+def test_only_who_has_something_to_give_is_named() -> None:
+    surplus = {A: 4, B: 0, C: -1}
+    made = referrals(surplus)
+    assert made.choose(LEADER, 0.0) == (A,)
+    assert made.choose(A, 0.0) == (), "not to itself"
+    surplus[A] = 0
+    assert made.choose(LEADER, 0.0) == ()
+
+
+def test_holder_is_not_named_to_more_thieves_than_it_can_serve() -> None:
+    """A thousand peers look for work and one has some: it is not asked a thousand times."""
+    made = referrals({A: 1000})
+    named = sum(made.choose(thief, 0.0) == (A,) for thief in PEERS)
+    assert named == 10
+    made.heard(A)
+    assert sum(made.choose(thief, 0.0) == (A,) for thief in PEERS) == 10, "its heartbeat says what it has now"
+
+
+def test_holder_that_is_silent_is_named_again_after_a_while() -> None:
+    made = referrals({A: 1})
+    assert made.choose(B, 0.0) == (A,)
+    assert made.choose(C, limits.REFERRAL_S) == ()
+    assert made.choose(C, limits.REFERRAL_S + 0.01) == (A,)
+
+
+def test_who_is_not_allowed_is_not_named() -> None:
+    made = referrals({A: 9, B: 9})
+    assert made.choose(C, 0.0, lambda peer: peer != A) == (B,)
+
+
+def test_thief_is_sent_to_the_same_few_who_are_sent_to_it() -> None:
+    """All have as much: each is drawn to about ten of two hundred, its partners to it."""
+    surplus = dict.fromkeys(PEERS, 1 << 20)
+    partners: dict[PeerId, set[PeerId]] = {peer: set() for peer in PEERS}
+    asked: Counter[PeerId] = Counter()
+    made = referrals(surplus)
+    for turn in range(10):
+        for thief in PEERS:
+            made.heard(thief)
+            victim = made.choose(thief, turn * 2 * limits.REFERRAL_S)[0]
+            partners[thief].add(victim)
+            partners[victim].add(thief)
+            asked[victim] += 1
+    sizes = sorted(len(each) for each in partners.values())
+    assert sizes[len(sizes) // 2] <= 4
+    assert sizes[-1] <= 12
+    assert max(asked.values()) <= 60, "and nobody is everybody's"
+
+
+def test_who_has_much_more_is_found_by_all() -> None:
+    made = referrals({**dict.fromkeys(PEERS, 2), A: 1 << 20})
+    assert all(made.choose(thief, 2.0 * limits.REFERRAL_S * n)[0] == A for n, thief in enumerate(PEERS))
 
 
 class AnyOrder(RuleBasedStateMachine):

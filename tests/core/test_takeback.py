@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from dht.core.identity import PeerId
+from grid.core import limits
 from grid.core.errors import RefusedError
 from grid.core.messages import Give, Message, Nothing
 from grid.takeback import TakeBack
@@ -90,6 +91,14 @@ async def test_thief_with_nothing_queued_is_asked_less_and_less_often(tmp_path: 
     await thief_with(team, 10)
     team.place.workshop.draining = False
     asked: list[PeerId] = []
+
+    async def claim() -> None:
+        while True:  # a thief that is silent is not asked at all
+            team.helpers[0].remote._claim()
+            await team.deliver()
+            await trio.sleep(limits.HEARTBEAT_S)
+
+    nursery.start_soon(claim)
     with trio.move_on_after(30):
         await take_back(team, asked, empty=True).run()
     assert 20 < len(asked) < 60
