@@ -30,7 +30,9 @@ T = TypeVar("T")
 OPEN_STAGES_MAX = 64
 """Submit stages kept open for further calls of the same function; the one unused longest is closed."""
 FRESH_CALLABLES_MAX = 4
-"""After this many stages for different objects of one kind, the next ones travel as arguments."""
+"""After this many stages for different objects (or states) of one kind, the next ones travel as arguments."""
+WATCHED_BYTES_MAX = 4 << 10
+"""A function this small whose captures can change in place is pickled at each submit, to see whether they did (some 30 µs)."""
 _SIZES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
 
@@ -164,7 +166,9 @@ class _Entry:
         """Whether the function would travel otherwise now than it did."""
         if self.stage.over or self.stage.total is not None or self.captures.changed():
             return True
-        return self.captures.mutable and self.stage.idle and serialize.dump_function(self.function) != self.data
+        if not self.captures.mutable or (len(self.data) > WATCHED_BYTES_MAX and not self.stage.idle):
+            return False
+        return serialize.dump_function(self.function) != self.data
 
 
 class _Book:
@@ -213,7 +217,7 @@ class _Book:
         if entry is not None:
             del self._entries[key]
             entry.stage.close()
-        elif function is not _apply:
+        if function is not _apply:
             kind = (_kind(function), session.task)
             count = self._kinds[kind] = self._kinds.get(kind, 0) + 1
             if len(self._kinds) > 16 * OPEN_STAGES_MAX:

@@ -2,11 +2,12 @@
 
 A function travels once for a stage, with the globals, closure and defaults it uses as they are then. A later submit of
 the same function must not run with stale ones: rebinding is seen here by identity, at every call; values that can be
-changed in place (`mutable`) make the caller compare the pickles when the function is idle.
+changed in place (`mutable`) make the caller compare the pickles: at every call, or those of a large function when it is idle.
 """
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +41,7 @@ class Captures:
         elif type(value) in (tuple, frozenset):
             for item in value:
                 self._add(item)
-        elif not isinstance(value, _IMMUTABLE):
+        elif not isinstance(value, _IMMUTABLE) and not _is_logger(value):
             self.mutable = True
 
     def _add_function(self, function: types.FunctionType) -> None:
@@ -68,6 +69,12 @@ class Captures:
             if namespace.get(name, _MISSING) is not value:
                 return True
         return any(_content(cell) is not value for cell, value in self._cells)
+
+
+def _is_logger(value: Any) -> bool:
+    """A logger travels as its name."""
+    logging = sys.modules.get("logging")
+    return logging is not None and isinstance(value, logging.Logger)
 
 
 def _content(cell: types.CellType) -> Any:

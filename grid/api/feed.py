@@ -99,16 +99,17 @@ def _feed_sequences(stage: MapStage, sequences: list[Sequence[Any]], position: i
     while not stage.over:
         if not _may_go_on(stage, wait=deadline is None) or (deadline is not None and time.monotonic() > deadline):
             return position
+        ahead = stage.recorded or step
         if single is not None:
-            chunk = single[position : position + step]
+            chunk = single[position : position + ahead]
         else:
-            slices = [sequence[position : position + step] for sequence in sequences]
+            slices = [sequence[position : position + ahead] for sequence in sequences]
             chunk = list(zip(*slices, strict=False))
         if not len(chunk):
             stage.closed(None)
             return -1
-        if as_slices or (single is not None and NUMBERS.issuperset(map(type, chunk))):
-            size = stage.add_batch(chunk)
+        if as_slices or (single is not None and _is_batch(stage, chunk)):
+            size = stage.add_batch(chunk if type(chunk) is not tuple else list(chunk))
             if not as_slices:
                 step = max(1, min(SEGMENT_TASKS_MAX, SEGMENT_BYTES * len(chunk) // size))
             position += len(chunk)
@@ -126,6 +127,11 @@ def _feed_chunk(stage: MapStage, chunk: Sequence[Any], position: int, deadline: 
         if deadline is not None and not position & 63 and time.monotonic() > deadline:
             break
     return position
+
+
+def _is_batch(stage: MapStage, chunk: Sequence[Any]) -> bool:
+    """Whether the items make a segment of their own. They don't when a replay stands in the middle of one."""
+    return NUMBERS.issuperset(map(type, chunk)) and not (stage.recorded and stage.gathered)
 
 
 def _slices_well(sequence: Any) -> bool:

@@ -40,7 +40,7 @@ INSTALLED = ("site-packages/", "dist-packages/")
 class File(os.PathLike[str]):
     """One input file: a path for whatever takes one; fetched where it is first opened."""
 
-    __slots__ = ("_blob", "_blob_size", "_offset", "_path", "name", "size")
+    __slots__ = ("_blob", "_blob_size", "_here", "_offset", "_path", "name", "size")
 
     def __init__(self, name: str, size: int, path: str = "", blob: str = "", blob_size: int = 0, offset: int = 0) -> None:
         self.name = name
@@ -48,19 +48,21 @@ class File(os.PathLike[str]):
         self.size = size
         """Bytes."""
         self._path = path
+        self._here = path
+        """Where it lies on this machine, once that is known. It stays here when the File travels."""
         self._blob = blob
         self._blob_size = blob_size
         self._offset = offset
 
     def __fspath__(self) -> str:
-        if not self._path:
+        if not self._here:
             name = manifest_name(self.name)
-            self._path = current().request(lambda number: wire.OpenInput(number, name)).path
-        return self._path
+            self._here = current().request(lambda number: wire.OpenInput(number, name)).path
+        return self._here
 
     def read_bytes(self) -> bytes:
         """Return the content. Raises GridError, OSError."""
-        if self._path or not self._blob:
+        if self._here or not self._blob:
             with builtins.open(self, "rb") as file:
                 return file.read()
         return bytes(_packs.get(self._blob, self._blob_size)[self._offset : self._offset + self.size])
@@ -77,7 +79,7 @@ class File(os.PathLike[str]):
         """Open for reading, "r" or "rb". Raises ValueError for another mode."""
         if mode not in ("r", "rt", "rb"):
             raise ValueError(f"an input file can only be read: mode {mode!r}")
-        packed = self._blob and not self._path
+        packed = self._blob and not self._here
         binary: IO[Any] = io.BytesIO(self.read_bytes()) if packed else builtins.open(self, "rb")  # noqa: SIM115
         if mode == "rb":
             return binary

@@ -7,6 +7,7 @@ In a worker's main thread waiting on one reads the channel, by whatever way the 
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from grid.api.submit_stage import SubmitStage
 
 
+_settled = itertools.count()
+
+
 class GridFuture(concurrent.futures.Future[Any]):
     """The future of task `index` of a stage. It is pending until it is done: where it runs is not told."""
 
@@ -23,8 +27,16 @@ class GridFuture(concurrent.futures.Future[Any]):
         super().__init__()
         self._stage = stage
         self._index = -1
+        self.settled = -1
+        """Its place among those of the session that are settled; -1: not yet."""
         if stage.session.worker:
             self._waiters = _Waiters(stage)
+
+    def __hash__(self) -> int:
+        return hash((self._stage.number, self._index))  # not its address: sets of futures are in the same order in every run
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
     def result(self, timeout: float | None = None) -> Any:
         """As concurrent.futures.Future.result."""
@@ -63,11 +75,14 @@ class GridFuture(concurrent.futures.Future[Any]):
             if not super().cancel():
                 return False
             if first:
+                self.settled = next(_settled)
                 self.set_running_or_notify_cancel()
         return True
 
     def settle(self, value: Any, error: BaseException | None = None) -> None:
         """Give the result or the error, unless it was cancelled meanwhile."""
+        if self.settled < 0:
+            self.settled = next(_settled)
         try:
             if error is None:
                 self.set_result(value)

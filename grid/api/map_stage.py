@@ -16,11 +16,14 @@ from typing import Any
 
 from grid.api import serialize, wire
 from grid.api.errors import GridError
+from grid.api.replay import Cuts
 from grid.api.session import FLUSH_S, Session
 from grid.api.stages import SEGMENT_BYTES, Stage, exception_of, open_results
 
 SEGMENT_TASKS_MAX = 16_384
 """Tasks in a segment whose arguments take almost no bytes."""
+STALL_S = 0.1
+"""A replayed segment whose rest the input doesn't give within this time is cut where it is: somebody may wait for its results."""
 PAGE_BYTES = 512 << 10
 """A page of small segments is sent when it has grown to this, well under wire.INLINE_BYTES_MAX."""
 
@@ -56,6 +59,9 @@ class MapStage(Stage):
         self._arrived: deque[Any] = deque()
         self._waiting: dict[int, Any] = {}
         super().__init__(session, function, name, ordered, options, kind)
+        self._cuts = session.recorded_cuts(name, ordered)
+        self._seen = (-1, 0.0)
+        """Replay: how many tasks there were at a look, and when their number had last changed."""
         session.start_flusher()
 
     # ---- feeding -----------------------------------------------------------------------------------------------------
@@ -68,12 +74,36 @@ class MapStage(Stage):
     def add(self, item: Any) -> None:
         """Freeze and add one item; a full segment is cut, and sent when it is time. Raises what pickling raised."""
         with self._lock:
+            if self._cuts is not None:
+                self._add_recorded(item, self._cuts)
+                return
             writer = self._writer
             writer.add(item)
             self.sent += 1
             if writer.size >= SEGMENT_BYTES or writer.count >= SEGMENT_TASKS_MAX:
                 self._cut()
                 self.send_soon()
+
+    def _add_recorded(self, item: Any, cuts: Cuts) -> None:
+        """Add an item and cut where it was cut, or before a segment that differs has no end or keeps the caller's memory."""
+        writer = self._writer
+        before = writer.size
+        writer.add(item)
+        self.sent += 1
+        if writer.count >= cuts.left or writer.size >= min(2 * SEGMENT_BYTES, before + SEGMENT_BYTES):
+            self._cut()
+            self.send_soon()
+
+    @property
+    def recorded(self) -> int:
+        """Tasks that the segment at hand lacks to be what it was the last time; 0: nothing is known of that."""
+        cuts = self._cuts
+        return 0 if cuts is None else max(0, cuts.left - self._writer.count)
+
+    @property
+    def gathered(self) -> int:
+        """Tasks of the segment at hand."""
+        return self._writer.count
 
     def add_batch(self, items: Sequence[Any]) -> int:
         """Add a segment of items that can't change; return its bytes."""
@@ -90,13 +120,21 @@ class MapStage(Stage):
     def take_run(self) -> None:
         """Pickle the numbers gathered in `run`."""
         with self._lock:
-            count = len(self.run)
-            if count and not self.over:
+            left = len(self.run)
+            while left and not self.over:
                 writer = self._writer
-                writer.add_batch(self.run[:count])
+                lacking = self.recorded
+                values = self.run[: min(left, lacking or left)]
+                count = len(values)
+                left -= count
+                if not writer.count and count == (lacking or SEGMENT_TASKS_MAX // 2):
+                    writer.add_batch(values)
+                else:
+                    writer.add_scalars(values)
                 del self.run[:count]
                 self.sent += count
-                if writer.size >= SEGMENT_BYTES or writer.count >= SEGMENT_TASKS_MAX // 2:
+                full = writer.size >= SEGMENT_BYTES or writer.count >= SEGMENT_TASKS_MAX // 2
+                if count == lacking or (full and not lacking):
                     self._cut()
 
     def send_soon(self) -> None:
@@ -108,16 +146,16 @@ class MapStage(Stage):
             if self.held and not shared:
                 return
             if shared or self._segment_bytes >= PAGE_BYTES or time.monotonic() - self._flushed_at > FLUSH_S:
-                self._send_page()
+                self._send_page(cut=False)
 
     # ---- what arrives ------------------------------------------------------------------------------------------------
 
-    def on_result(self, lo: int, hi: int, body: bytes | bytearray, path: str) -> None:
+    def on_result(self, lo: int, hi: int, body: bytes | bytearray, path: str, skip: int = 0) -> None:
         size = len(body)
         if path:
             with contextlib.suppress(OSError):
                 size = os.stat(path).st_size
-        self._arrive(lo, hi, (hi - lo, body, path, size), size)
+        self._arrive(lo, hi, (hi - lo, body, path, size, skip), size)
 
     def on_failure(self, failure: wire.Failure, body: bytes | bytearray) -> None:
         self._failed_unseen = True
@@ -207,8 +245,8 @@ class MapStage(Stage):
                         raise event
                     yield event
                     continue
-                _, body, path, _ = event
-                values = serialize.load_results(open_results(body, path))
+                count, body, path, _, skip = event
+                values = serialize.load_results(open_results(body, path), skip, skip + count)
                 del event, body
                 yield from values
                 del values
@@ -224,7 +262,7 @@ class MapStage(Stage):
             raise
 
     def _take(self, deadline: float | None) -> Any:
-        """Wait for the next (count, body, path, size) or exception; None at the end."""
+        """Wait for the next (count, body, path, size, skip) or exception; None at the end."""
         arrived = self._arrived
         if not arrived:
             if deadline is None:
@@ -252,7 +290,25 @@ class MapStage(Stage):
             return
         if self.run:
             self.take_run()
-        super().flush()
+        if self._cuts is None:
+            super().flush()
+        elif self._writer.count or self._segments:
+            self._flush_recorded()
+
+    def _flush_recorded(self) -> None:
+        """Replay: send the segments that are what they were; the one at hand only if the input gives no more of it."""
+        with self._lock:
+            if self.held or self.over or self.total is not None:
+                return
+            now, (seen, since) = time.monotonic(), self._seen
+            if seen != self.sent:
+                self._seen = self.sent, now
+            stalled = seen == self.sent and now - since > STALL_S
+            if self._segments or stalled:
+                self._send_page(cut=stalled)
+            wait = bool(self._writer.count)
+        if wait:
+            self.session.flush_soon(self)
 
     def cancel(self, reason: str) -> None:
         with self.changed:

@@ -7,10 +7,12 @@ Rules this file keeps:
 - each object is frozen when it is added: a task or generator may reuse it afterwards. Only scalars go in batches;
 - buffers of OUT_OF_BAND_BYTES or more lie outside the pickle, ALIGNMENT bytes aligned: a mapped segment is used in
   place. What was writable before is writable after (where the memory is), what was read-only stays so;
-- classes of `__main__` travel once a segment, under an identity that any process of the job derives alike.
+- classes of `__main__` travel once a segment, under an identity that any process of the job derives alike;
+- a segment's bytes follow from its items alone, and an item's chunk and buffers from the item alone, whatever was pickled
+  before it: a class is named in it by its content. So an item's digest needs no look at the classes' pickle.
 
 Layout, little endian: HEAD, a CHUNK each, a BUFFER each, the classes' pickle, the chunks' pickles, padding, buffers.
-A chunk is the pickle of one value (count 0) or of a sequence of `count` values.
+A chunk is the pickle of one value (count 0) or of a sequence of `count` values: scalars that follow each other are one chunk.
 """
 
 from __future__ import annotations
@@ -88,7 +90,9 @@ class Pickled:
 
     __slots__ = ("buffers", "classes", "length", "parts", "refs", "size")
 
-    def __init__(self, parts: list[Buffer], buffers: list[memoryview], refs: tuple[str, ...], classes: bool) -> None:
+    def __init__(
+        self, parts: list[Buffer], buffers: list[memoryview], refs: tuple[str, ...], classes: tuple[bytes, ...] = ()
+    ) -> None:
         self.parts = parts
         self.buffers = buffers
         self.refs = refs
@@ -132,33 +136,41 @@ def pickle_value(value: Any, table: ClassTable, large: bool = False) -> bytes | 
     refs = _state.refs
     if refs:
         refs.clear()
-    if not table.wanted:
-        try:
-            if large:
-                parts: list[Buffer] = []
-                sink = _Sink()
-                sink.write = parts.append
-                pickle.Pickler(sink, 5, buffer_callback=keep_in).dump(value)
-                if not any(_MAIN in part for part in parts):
-                    return Pickled(parts, buffers, tuple(refs), False)
-            else:
-                data = pickle.dumps(value, 5, buffer_callback=keep_in)
-                if _MAIN not in data:
-                    return Pickled([data], buffers, tuple(refs), False) if buffers or refs else data
-        except _PICKLING_ERRORS:
-            pass
+    if table.wanted:
+        item = _pickle_by_value(value, table, keep_in, buffers)
+        if item.classes:
+            return item
+        table.wanted = False  # what the plain pickler can do, it does: the bytes don't depend on the value before
         buffers.clear()
         refs.clear()
+    try:
+        if large:
+            parts: list[Buffer] = []
+            sink = _Sink()
+            sink.write = parts.append
+            pickle.Pickler(sink, 5, buffer_callback=keep_in).dump(value)
+            if not any(_MAIN in part for part in parts):
+                return Pickled(parts, buffers, tuple(refs))
+        else:
+            data = pickle.dumps(value, 5, buffer_callback=keep_in)
+            if _MAIN not in data:
+                return Pickled([data], buffers, tuple(refs)) if buffers or refs else data
+    except _PICKLING_ERRORS:
+        pass
+    buffers.clear()
+    refs.clear()
+    item = _pickle_by_value(value, table, keep_in, buffers)
+    table.wanted = bool(item.classes)
+    return item
+
+
+def _pickle_by_value(
+    value: Any, table: ClassTable, keep_in: Callable[[pickle.PickleBuffer], bool], buffers: list[memoryview]
+) -> Pickled:
     out = io.BytesIO()
-    before = len(table)
-    cloud_pickler()(out, keep_in, table).dump(value)
-    data = out.getvalue()
-    classes = len(table) > before or _CLASS_AT in data
-    table.wanted = classes
-    return Pickled([data], buffers, tuple(refs), classes)
-
-
-_CLASS_AT = b"_class_at"
+    pickler = cloud_pickler()(out, keep_in, table)
+    pickler.dump(value)
+    return Pickled([out.getvalue()], buffers, tuple(_state.refs), tuple(pickler.used))
 
 
 def pickle_call(args: tuple[Any, ...], kwargs: dict[str, Any] | None, table: ClassTable) -> bytes | Pickled:
@@ -187,7 +199,7 @@ class SegmentWriter:
         self._parts: list[Buffer] = []
         self._buffers: list[memoryview] = []
         self._refs: dict[str, None] = {}
-        self._classes = False
+        self._classes: dict[bytes, None] = {}
 
     def add(self, value: Any) -> None:
         """Add one value, pickled at once unless nobody can change it. Raises what pickling raised, and adds nothing."""
@@ -200,6 +212,14 @@ class SegmentWriter:
             return
         large = _is_large(value) or (self.kind == MANY and type(value) is tuple and any(map(_is_large, value)))
         self.add_pickled(pickle_value(value, self._table, large))
+
+    def add_scalars(self, values: list[Any]) -> None:
+        """Add numbers, of SCALARS types but neither text nor bytes. They make one chunk with the scalars beside them."""
+        size = len(pickle.dumps(values, 5))
+        self._run += values
+        self._run_size += size
+        self.size += size
+        self.count += len(values)
 
     def flush(self) -> None:
         """Pickle the scalars gathered."""
@@ -231,7 +251,8 @@ class SegmentWriter:
             self.size += len(item) + CHUNK.size
             return
         assert isinstance(item, Pickled)
-        self._classes |= item.classes
+        if item.classes:
+            self._classes.update(dict.fromkeys(item.classes))
         self._rows.append(CHUNK.pack(item.length, 0, len(item.buffers)))
         self._parts += item.parts
         self._buffers += item.buffers
@@ -247,7 +268,7 @@ class SegmentWriter:
     def finish(self) -> tuple[list[Buffer], int]:
         """Return the segment's parts and its length in bytes, a multiple of ALIGNMENT."""
         self.flush()
-        classes = self._table.dump() if self._classes else b""
+        classes = self._table.dump(self._classes) if self._classes else b""
         flags = HAS_REFS if self._refs else 0
         head = HEAD.pack(MAGIC, self.kind, flags, len(self._rows), len(self._buffers), len(classes))
         end = len(head) + CHUNK.size * len(self._rows) + BUFFER.size * len(self._buffers) + len(classes)
@@ -317,7 +338,7 @@ def load_segment(data: Buffer | mmap.mmap, lo: int = 0, hi: int | None = None) -
     try:
         if len(rows) == 1 and rows[0][1]:
             items: Sequence[Any] = pickle.loads(view[start:], buffers=areas)
-            return Segment(kind, items if lo == 0 and hi is None else items[lo:hi], bool(flags & HAS_REFS))
+            return Segment(kind, items if lo == 0 and hi in (None, len(items)) else items[lo:hi], bool(flags & HAS_REFS))
         return Segment(kind, _load_chunks(view, start, rows, areas, lo, hi), bool(flags & HAS_REFS))
     finally:
         loading.classes = before

@@ -23,9 +23,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from grid.api import serialize, wire
+from grid.api import places, serialize, wire
 from grid.api.channel import Channel, ChannelClosed
 from grid.api.errors import GridError
+from grid.api.replay import Cuts, Record
 
 if TYPE_CHECKING:
     from grid.api.stages import Stage
@@ -83,6 +84,10 @@ class Session:
         self._feeding: dict[Stage, None] = {}
         self._unread: list[Stage] = []
         self._waits = 0
+        self._comparisons: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self._comparer: threading.Thread | None = None
+        self._record: Record | None = None
+        places.set_places(os.path.dirname(setup.script), setup.workdir)
         serialize.set_namespace(setup.job)
         if not self.worker:
             self.start_reader()
@@ -133,7 +138,7 @@ class Session:
         if kind is wire.Result:
             stage = self._stages.get(message.stage)
             if stage is not None:
-                stage.on_result(message.lo, message.hi, body, message.path)
+                stage.on_result(message.lo, message.hi, body, message.path, message.skip)
             elif message.path:
                 with contextlib.suppress(OSError):
                     os.unlink(message.path)
@@ -154,9 +159,31 @@ class Session:
                 if message.id in self._requests:
                     self._requests[message.id] = message
                     self._replied.notify_all()
+        elif kind is wire.Compare or kind is wire.CompareFunction:
+            self._compare(message, body)
         else:
             return False
         return True
+
+    def _compare(self, message: Any, body: Any) -> None:
+        """Answer in a thread that is there for it: what unpickles may take long."""
+        self._comparisons.put((message, body))
+        with self._lock:
+            if self._comparer is None:
+                self._comparer = threading.Thread(target=self._answer, name="grid-comparer", daemon=True)
+                self._comparer.start()
+
+    def _answer(self) -> None:
+        from grid.api import compare
+
+        with contextlib.suppress(GridError):
+            while True:
+                message, body = self._comparisons.get()
+                if type(message) is wire.Compare:
+                    ranges = compare.same_items(message, body)
+                else:
+                    ranges = ((0, 1),) if compare.same_function(message, body) else ()
+                self.send(wire.Same(message.id, ranges))
 
     def lose(self, cause: BaseException) -> None:
         """The channel is gone: fail everything that waits for it."""
@@ -330,7 +357,7 @@ class Session:
 
     # ---- stages ------------------------------------------------------------------------------------------------------
 
-    def open_stage(self, stage: Stage, fn: int, name: str, ordered: bool, options: wire.Options) -> int:
+    def open_stage(self, stage: Stage, fn: int, name: str, ordered: bool, options: wire.Options, kind: int = 0) -> int:
         """Number a new stage and declare it."""
         with self._lock:
             if self.error is not None:
@@ -344,8 +371,17 @@ class Session:
             self._occurrence += 1
             self.nested = self.worker
         parent_stage, parent_index, _ = self.task
-        self.send(wire.Stage(number, fn, name, ordered, options, parent_stage, parent_index, occurrence))
+        self.send(wire.Stage(number, fn, name, ordered, options, parent_stage, parent_index, occurrence, kind))
         return number
+
+    def recorded_cuts(self, name: str, ordered: bool) -> Cuts | None:
+        """Where the map that opens now was cut the last time."""
+        if not self.setup.replay:
+            return None
+        with self._lock:
+            if self._record is None:
+                self._record = Record(self.setup.replay)
+            return self._record.take(name, ordered, *self.task[:2])
 
     def close_stage(self, stage: Stage) -> None:
         """Forget a stage of which nothing more will be heard."""

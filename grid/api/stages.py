@@ -2,7 +2,8 @@
 
 Rules this file keeps:
 
-- pages of a stage are consecutive and sent under its lock, cut at SEGMENT_BYTES or one item;
+- pages of a stage are consecutive and sent under its lock, cut at SEGMENT_BYTES or one item; a map that is replayed is cut
+  where it was cut before, for as long as that is on record;
 - the first task of a stage leaves at once, later ones in company, none later than session.TICK_S;
 - iterators and callbacks never run under a stage's lock; a map's items are pickled under it, it is reentrant;
 - what arrived is kept as bytes until it is read; the peer gets credit when it is.
@@ -20,6 +21,7 @@ from typing import Any
 
 from grid.api import serialize, wire
 from grid.api.errors import BY_KIND, GridError, RemoteTraceback, TaskError
+from grid.api.replay import Cuts
 from grid.api.session import Session
 
 SEGMENT_BYTES = 64 << 10
@@ -70,7 +72,9 @@ class Stage:
         self._flushed_at = 0.0
         self._settled = 0
         self._credit = 0
-        self.number = session.open_stage(self, fn, name, ordered, options)
+        self._cuts: Cuts | None = None
+        """Where to cut, while that is on record."""
+        self.number = session.open_stage(self, fn, name, ordered, options, kind)
 
     # ---- sending (under the lock) ------------------------------------------------------------------------------------
 
@@ -82,10 +86,15 @@ class Stage:
             self._segments.append((parts, length, writer.count, writer.refs))
             self._segment_bytes += length
             self._writer = serialize.SegmentWriter(self._kind, self._table)
+            if self._cuts is not None:
+                self._cuts.cut(writer.count)
+                if not self._cuts.left:
+                    self._cuts = None
 
-    def _send_page(self, final: bool = False) -> None:
-        """Send the segments there are as one page; `final` closes the stage with it."""
-        self._cut()
+    def _send_page(self, final: bool = False, cut: bool = True) -> None:
+        """Send the segments there are as one page; `final` closes the stage with it. `cut`: what is gathered, too."""
+        if cut or self._cuts is None:
+            self._cut()
         segments = self._segments
         if not segments:
             if final:
@@ -120,8 +129,8 @@ class Stage:
 
     # ---- what arrives ------------------------------------------------------------------------------------------------
 
-    def on_result(self, lo: int, hi: int, body: bytes | bytearray, path: str) -> None:
-        """Tasks [lo, hi) are done."""
+    def on_result(self, lo: int, hi: int, body: bytes | bytearray, path: str, skip: int = 0) -> None:
+        """Tasks [lo, hi) are done: values [skip, skip + hi - lo) of the segment."""
         raise NotImplementedError
 
     def on_failure(self, failure: wire.Failure, body: bytes | bytearray) -> None:

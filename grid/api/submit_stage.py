@@ -79,15 +79,15 @@ class SubmitStage(Stage):
             self.session.flush_soon(self)
         return future
 
-    def on_result(self, lo: int, hi: int, body: bytes | bytearray, path: str) -> None:
+    def on_result(self, lo: int, hi: int, body: bytes | bytearray, path: str, skip: int = 0) -> None:
         futures = [self._futures.pop(index, None) for index in range(lo, hi)]
         data = open_results(body, path)
         self._give_credit(len(data))
         if any(futures):
             try:
-                values = serialize.load_results(data)
+                values = serialize.load_results(data, skip, skip + len(futures))
             except Exception:
-                self._settle_singly(futures, data)
+                self._settle_singly(futures, data, skip)
             else:
                 for future, value in zip(futures, values, strict=True):
                     if future is not None:
@@ -95,9 +95,9 @@ class SubmitStage(Stage):
         if not self._futures:
             self._notify_idle()
 
-    def _settle_singly(self, futures: list[GridFuture | None], data: serialize.Buffer) -> None:
+    def _settle_singly(self, futures: list[GridFuture | None], data: serialize.Buffer, skip: int) -> None:
         """One of these results can't be loaded here: only its own future may suffer."""
-        for offset, future in enumerate(futures):
+        for offset, future in enumerate(futures, start=skip):
             if future is not None:
                 try:
                     value = serialize.load_results(data, offset, offset + 1)[0]

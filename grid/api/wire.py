@@ -69,6 +69,7 @@ class Setup(Message, tag=1, frozen=True):
     env: dict[str, str] = {}
     epoch: int = 1
     name: str = ""  # the peer's name
+    replay: str = ""  # file with the cuts of an earlier run of this driver (grid.api.replay); "": it runs for the first time
 
 
 class Function(Message, tag=2, frozen=True):
@@ -104,7 +105,7 @@ class Result(Message, tag=4, frozen=True):
     lo: int
     hi: int
     path: str = ""
-    first: int = -1  # index of the segment's first value where that is not lo: only [lo, hi) of it counts
+    skip: int = 0  # values of the segment before that of task lo; it may hold more behind that of hi - 1, too
 
 
 class Failure(Message, tag=5, frozen=True):
@@ -152,6 +153,32 @@ class Revoke(Message, tag=10, frozen=True):
     ticket: int
 
 
+class Compare(Message, tag=11, frozen=True):
+    """To a replayed driver: are items [first, first + count) of its stage `stage` the same although their bytes differ?
+
+    body: the recorded segment (its first `old_bytes` bytes), then the one that the driver has just sent; both hold `count`
+    items. Answered with Same, in no particular order and whenever it is known; other frames don't wait for that. Over 8 MiB,
+    or where anything raises, nothing is the same.
+    """
+
+    id: int  # the asker's own number, one series with CompareFunction's
+    stage: int  # the driver's own number for it
+    first: int
+    count: int
+    old_bytes: int
+
+
+class CompareFunction(Message, tag=12, frozen=True):
+    """To a replayed driver: have two functions the same code, and did they capture the same?
+
+    body: the recorded function (its first `old_bytes` bytes), then the one that the driver defined. Answered with Same, whose
+    ranges are ((0, 1),) or nothing. Functions whose names differ are different: don't ask.
+    """
+
+    id: int
+    old_bytes: int
+
+
 # ---- child → peer ----------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +200,8 @@ class Stage(Message, tag=22, frozen=True):
     """A stage opens. Stage numbers are the child's own, from 0; the peer maps those of nested calls.
 
     For a nested stage `parent_stage`, `parent_index` are the running task's as given in its Run, and `occurrence` counts
-    the stages that task has made so far; the driver's stages have parent_stage = -1.
+    the stages that task has made so far; the driver's stages have parent_stage = -1. `kind` is that of all its segments
+    (grid.api.serialize): 0 one argument an item, 1 a tuple of arguments, 2 submitted calls.
     """
 
     stage: int
@@ -184,6 +212,7 @@ class Stage(Message, tag=22, frozen=True):
     parent_stage: int = -1
     parent_index: int = -1
     occurrence: int = 0
+    kind: int = 0
 
 
 class Page(Message, tag=23, frozen=True):
@@ -297,7 +326,16 @@ class Returned(Message, tag=35, frozen=True):
     ticket: int
 
 
-ToChild: TypeAlias = Setup | Function | Run | Result | Failure | Cancelled | Reply | Stop | Throttle | Revoke
+class Same(Message, tag=36, frozen=True):
+    """Driver: answer to the Compare (or CompareFunction) of this id: the ranges [lo, hi) of indexes that are the same."""
+
+    id: int
+    ranges: tuple[tuple[int, int], ...] = ()
+
+
+ToChild: TypeAlias = (
+    Setup | Function | Run | Result | Failure | Cancelled | Reply | Stop | Throttle | Revoke | Compare | CompareFunction
+)
 FromChild: TypeAlias = (
     Ready
     | Define
@@ -315,6 +353,7 @@ FromChild: TypeAlias = (
     | OpenInput
     | ListInputs
     | Returned
+    | Same
 )
 
 _encoder = msgspec.msgpack.Encoder()

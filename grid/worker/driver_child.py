@@ -14,7 +14,7 @@ import sys
 import types
 from typing import Any
 
-from grid.api import session
+from grid.api import completion, session
 from grid.api.channel import Channel
 from grid.worker.child import start_child
 from grid.worker.seeding import Seeder, stage_seed
@@ -25,6 +25,7 @@ def main(sock: socket.socket) -> int:
     channel = Channel(sock)
     setup = start_child(channel)
     _renew_streams()
+    completion.install()
     current = session.attach(channel, setup)
     seeder = Seeder(setup.seed)
     seed = stage_seed(setup.seed, -1)

@@ -61,15 +61,20 @@ class Seeder:
 
     def seed(self, seed: int) -> None:
         """Seed what is loaded."""
-        if self._random is not None:
-            self._random(seed)
-        if self._numpy is not None:
+        for name in WATCHED:
+            self._seed_one(name, seed)
+
+    def _seed_one(self, name: str, seed: int) -> None:
+        if name == "random":
+            if self._random is not None:
+                self._random(seed)
+        elif self._numpy is not None:
             self._numpy(seed & 0xFFFFFFFF)  # all that the legacy generator takes
 
     def _imported(self, name: str) -> None:
         self._loaded(name)
         if self._seed_of is not None:
-            self.seed(self._seed_of())
+            self._seed_one(name, self._seed_of())  # that one alone: the other one may have been drawn from, or seeded, since
 
     def _loaded(self, name: str) -> None:
         module = sys.modules.get(name)

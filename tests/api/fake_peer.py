@@ -39,6 +39,8 @@ class FakePeer:
         self.setup = wire.Setup(role, "a" * 32, "test", "b" * 40, 7, "", (), "", str(self.spool), **setup)
         self.received: list[Any] = []
         self.pages: list[wire.Page] = []
+        self.segments: list[tuple[int, int, bytes]] = []
+        """(stage, tasks, bytes) of each, as it came."""
         self.cancelled: dict[int, set[int] | None] = {}
         self.frames = threading.Condition()
         self.release = threading.Event()
@@ -149,6 +151,7 @@ class FakePeer:
         offset, first = 0, page.first
         for count, length in zip(page.counts, page.lengths, strict=True):
             self._work.append((page.stage, first, data[offset : offset + length], count))
+            self.segments.append((page.stage, count, data[offset : offset + length]))
             offset += length
             first += count
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import grid
-from grid.api import wire
+from grid.api import serialize, wire
 from grid.api.session import current
 from tests.api.fake_peer import FakePeer
 
@@ -248,6 +248,32 @@ def test_map_ordered_even_when_reports_are_not(peer: FakePeer) -> None:
     assert list(results) == [0, 1, 4, 9]
 
 
+@pytest.mark.parametrize("batch", [True, False])
+def test_map_result_segments_of_which_only_a_part_counts(peer: FakePeer, batch: bool) -> None:
+    """Ranges that overlap were done twice: of each segment only what is new counts."""
+    peer.release.clear()
+    results = grid.map(square, range(6))
+    peer.wait_for(lambda: peer.pages)
+    writer = serialize.ResultWriter()
+    for x in range(5):
+        writer.add_batch([x * x]) if batch else writer.add(x * x)
+    middle = writer.finish()[0]
+    peer.post(wire.Result(0, 0, 1), *serialize.dump_results([0]))
+    peer.post(wire.Result(0, 1, 3, "", 1), *middle)
+    peer.post(wire.Result(0, 3, 6, "", 2), *serialize.dump_results([1, 4, 9, 16, 25]))
+    assert list(results) == [0, 1, 4, 9, 16, 25]
+
+
+def test_submit_result_segments_of_which_only_a_part_counts(peer: FakePeer) -> None:
+    """As for map: a future gets its own value, not the first of the segment."""
+    peer.release.clear()
+    futures = [grid.submit(square, x) for x in range(4)]
+    peer.wait_for(lambda: sum(sum(page.counts) for page in peer.pages) >= 4)
+    peer.post(wire.Result(0, 0, 2, "", 0), *serialize.dump_results([0, 1, 4, 9]))
+    peer.post(wire.Result(0, 2, 4, "", 1), *serialize.dump_results([1, 4, 9]))
+    assert [future.result(5) for future in futures] == [0, 1, 4, 9]
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(0, 3000), max_size=40),
@@ -309,6 +335,23 @@ def test_submit_sees_what_the_function_captures_now(peer: FakePeer) -> None:
     assert grid.submit(look).result(20) == (1, 2)
     box[0] = 3
     assert grid.submit(look).result(20) == (3, 2)
+
+
+def test_submit_sees_what_the_function_captures_also_while_calls_are_under_way(peer: FakePeer) -> None:
+    """What a call computes depends on the script alone, not on which results have come back."""
+    state = {"n": 0}
+
+    def look(x: int) -> int:
+        return state["n"] + x
+
+    peer.release.clear()
+    futures = []
+    for n in range(30):
+        state["n"] = n * 100
+        futures += [grid.submit(look, 1), grid.submit(look, 2)]
+    peer.release.set()
+    assert [future.result(20) for future in futures] == [n * 100 + x for n in range(30) for x in (1, 2)]
+    assert len(peer.of(wire.Stage)) < 8, "then the function travels as an argument"
 
 
 def test_submit_same_function_is_one_stage(peer: FakePeer) -> None:

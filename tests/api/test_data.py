@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import types
 import warnings
@@ -163,7 +164,9 @@ def test_files_path_of_a_submitted_file_is_fetched(submitted: FakePeer) -> None:
     (submitted.blobs / "pack1").write_bytes(b"alpha")
     (file,) = grid.files("/data/*.txt")
     assert file.name == "/data/a.txt"
+    before = pickle.dumps(file)
     assert Path(file).read_text() == "alpha"
+    assert pickle.dumps(file) == before, "where it lies on this machine is no business of others"
     assert read(file) == ("/data/a.txt", 5, "alpha")
     (gone,) = grid.files("gone.txt")
     with pytest.raises(grid.GridError, match=r"no input file is called gone\.txt"):

@@ -171,6 +171,64 @@ def test_function_of_the_script_and_its_captures(script: types.ModuleType) -> No
         serialize.dump_function(captures_lock)
 
 
+def test_class_of_the_script_stays_as_its_process_made_it(script: types.ModuleType) -> None:
+    """Its objects come back with the state that the class had when it was sent: that is not applied to the one there is."""
+    point = script.Point
+    data = joined(serialize.dump_segment([point(1)])[0])
+    function = serialize.dump_function(script.make)
+    double = point.__dict__["double"]
+    point.colour = "changed since"
+    (loaded,) = serialize.load_segment(data).items
+    assert serialize.load_function(function)(1) == loaded == point(1)
+    assert type(loaded) is point
+    assert point.colour == "changed since"
+    assert point.__dict__["double"] is double
+
+
+def test_class_state_that_was_loaded_follows_what_is_loaded(script: types.ModuleType) -> None:
+    """In a worker: each segment's tasks see the class as it was when their arguments were pickled."""
+    from grid.api import cloud
+
+    class_ = script.Point
+    class_.level = 1
+    one = joined(serialize.dump_segment([class_(1)])[0])
+    class_.level = 2
+    two = joined(serialize.dump_segment([class_(1)])[0])
+    cloud._own.discard(class_)  # as in another process
+    for data, level in ((one, 1), (one, 1), (two, 2), (one, 1)):
+        serialize.load_segment(data)
+        assert class_.level == level
+
+
+def test_item_bytes_do_not_depend_on_what_was_pickled_before(script: types.ModuleType) -> None:
+    point, colour = script.Point(1), script.Colour.RED
+    items: list[Any] = [point, ("plain", sys.stdout.write.__name__), colour, [point, colour], "text".upper, script.make]
+    table = serialize.ClassTable()
+    one = [serialize.pickle_value(item, table) for item in items]
+    table = serialize.ClassTable()
+    other = [serialize.pickle_value(item, table) for item in reversed(items)][::-1]
+
+    def content(item: Any) -> Any:
+        return item if isinstance(item, bytes) else b"".join(item.parts)
+
+    assert list(map(content, one)) == list(map(content, other))
+
+
+def test_segment_bytes_do_not_depend_on_the_order_of_first_use_of_its_classes(script: types.ModuleType) -> None:
+    table = serialize.ClassTable()
+    serialize.pickle_value(script.Colour.RED, table)
+    writer = serialize.SegmentWriter(serialize.ONE, table)
+    writer.add(script.Point(1))
+    assert joined(writer.finish()[0]) == joined(serialize.dump_segment([script.Point(1)])[0])
+
+
+def test_class_is_pickled_alike_before_and_after_its_instances(script: types.ModuleType) -> None:
+    before = serialize.dump_function(script.make)
+    serialize.dump_segment([script.Point(1)])
+    script.Point(2).double()
+    assert serialize.dump_function(script.make) == before
+
+
 def test_word_main_in_data_is_no_harm() -> None:
     values = ["__main__", ["__main__"], Counter(["__main__", "if", "__main__"])]
     assert serialize.load_results(joined(serialize.dump_results(values))) == values
