@@ -191,9 +191,9 @@ class MemoryHost(Network):
             with trio.fail_after(CONNECT_TIMEOUT_S):
                 await world._until_open(self.name, name)
                 await trio.sleep(world.delay_s(self.name, name))
+                await world._until_open(name, self.name)
                 far = world._hosts[name]
                 listener = far._listeners.get(port)
-                await world._until_open(name, self.name)
                 if listener is None or listener._is_full():
                     await trio.sleep(world.delay_s(name, self.name))
                     raise ConnectionRefusedError(errno.ECONNREFUSED, f"nothing listens at {name}:{port}")

@@ -10,6 +10,8 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+import errno
+import math
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,7 @@ class Pipe:
         self.reset_at_s: float | None = None
         self.dead = False  # the receiving end was shut: nothing is read any more
         self.changed = trio.Event()
+        self.reader: trio.CancelScope | None = None  # the receiver's sleep until the next arrival
 
     def wake(self) -> None:
         self.changed.set()
@@ -48,14 +51,18 @@ class Pipe:
         return self.last_arrival_s
 
     def is_reset(self) -> bool:
-        due = self.reset_at_s is not None and self.reset_at_s <= trio.current_time()
-        return due and not self.world.is_cut(self.source, self.target)
+        if self.reset_at_s is None or self.reset_at_s > trio.current_time():
+            return False
+        return not self.world.is_cut(self.source, self.target)
 
     def next_event_s(self) -> float:
         """When the receiver should look again; infinity while the link is cut (healing wakes it)."""
-        times = [t for t in (self.eof_at_s, self.reset_at_s) if t is not None]
-        times += [self.chunks[0][0]] if self.chunks else []
-        return min(times, default=float("inf"))
+        at_s = self.chunks[0][0] if self.chunks else math.inf
+        if self.eof_at_s is not None and self.eof_at_s < at_s:
+            at_s = self.eof_at_s
+        if self.reset_at_s is not None and self.reset_at_s < at_s:
+            at_s = self.reset_at_s
+        return at_s
 
 
 def stream_pair(near: MemoryHost, far: MemoryHost, near_port: int, far_port: int) -> tuple[MemoryStream, MemoryStream]:
@@ -113,14 +120,25 @@ class MemoryStream(HalfCloseableStream):
                 self._in.reset_at_s = self._out.arrival_s() + self._out.world.delay_s(self._in.source, self._in.target)
                 self._in.wake()
         else:
-            self._out.chunks.append((self._out.arrival_s(), data))
+            at_s = self._out.arrival_s()
+            self._out.chunks.append((at_s, data))
             self._out.waiting_bytes += len(data)
-            self._out.wake()
+            if self._out.reader is not None:  # it need not wake only to sleep again
+                self._out.reader.deadline = min(self._out.reader.deadline, at_s)
 
     async def _wait(self, pipe: Pipe, at_s: float | None) -> None:
         with trio.move_on_at(float("inf") if at_s is None else max(at_s, trio.current_time())):
             await pipe.changed.wait()
-        await trio.lowlevel.checkpoint()
+
+    def write_now(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what fits without waiting; returns how many bytes. Raises BlockingIOError, OSError, as a socket's write."""
+        room = STREAM_BUFFER_BYTES - self._out.waiting_bytes
+        if self._closed or self._broken or self._out.eof_at_s is not None or self._in.is_reset():
+            raise BrokenPipeError(errno.EPIPE, "the connection is gone")
+        if room <= 0 or self._sending:
+            raise BlockingIOError(errno.EAGAIN, "no room")
+        self._push(bytes(data[:room]))
+        return min(room, len(data))
 
     async def wait_send_all_might_not_block(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -136,7 +154,8 @@ class MemoryStream(HalfCloseableStream):
             raise ValueError("max_bytes must be at least 1")
         self._receiving = True
         try:
-            await trio.lowlevel.checkpoint()
+            if self._in.next_event_s() <= trio.current_time():
+                await trio.lowlevel.checkpoint()
             while True:
                 if self._closed:
                     raise trio.ClosedResourceError
@@ -145,7 +164,7 @@ class MemoryStream(HalfCloseableStream):
                     self._check_open()
                 if data is not None:
                     return data
-                await self._wait_input()
+                await self._wait_input()  # a checkpoint
         finally:
             self._receiving = False
 
@@ -154,6 +173,8 @@ class MemoryStream(HalfCloseableStream):
         pipe, now_s = self._in, trio.current_time()
         if pipe.world.is_cut(pipe.source, pipe.target):
             return None
+        if not pipe.chunks or pipe.chunks[0][0] > now_s:
+            return b"" if not pipe.chunks and pipe.eof_at_s is not None and pipe.eof_at_s <= now_s else None
         got = bytearray()
         while pipe.chunks and pipe.chunks[0][0] <= now_s and len(got) < max_bytes:
             at_s, chunk = pipe.chunks.popleft()
@@ -161,13 +182,9 @@ class MemoryStream(HalfCloseableStream):
             if len(chunk) > take:
                 pipe.chunks.appendleft((at_s, chunk[take:]))
             got += chunk[:take]
-        if got:
-            pipe.waiting_bytes -= len(got)
-            pipe.wake()
-            return bytes(got)
-        if not pipe.chunks and pipe.eof_at_s is not None and pipe.eof_at_s <= now_s:
-            return b""
-        return None
+        pipe.waiting_bytes -= len(got)
+        pipe.wake()
+        return bytes(got)
 
     async def _wait_input(self) -> None:
         pipe = self._in
@@ -175,8 +192,10 @@ class MemoryStream(HalfCloseableStream):
             async with trio.open_nursery() as nursery:  # a healed link, or something that happens at this end
                 for event in (pipe.world.changed, pipe.changed):
                     nursery.start_soon(_first_of, event, nursery.cancel_scope)
-        else:
-            await self._wait(pipe, pipe.next_event_s())
+            return
+        with trio.CancelScope(deadline=max(pipe.next_event_s(), trio.current_time())) as pipe.reader:
+            await pipe.changed.wait()
+        pipe.reader = None
 
     async def send_eof(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -14,7 +14,7 @@ from grid.transport.channel import SecureChannel
 from grid.transport.dialling import Dialler
 from grid.transport.errors import HandshakeError, PeerUnreachable, Refused
 from grid.transport.hello import BLOBS, SERVE, Code, Verdict
-from grid.transport.limits import BLOB_LINKS_MAX, CONNECT_S, HANDSHAKE_S
+from grid.transport.limits import BLOB_LINKS_MAX, CLOSE_S, CONNECT_S, HANDSHAKE_S
 from grid.transport.outbox import SERVE_ME, Frame
 from grid.transport.remote import Remote
 
@@ -59,7 +59,10 @@ class BlobLinks:
 
     async def _called(self, remote: Remote) -> BlobReader:
         """It can't be dialled though it is connected: ask it to dial us."""
-        remote.called = trio.Event()
+        remote.called = trio.Event()  # from now on the connection is in use
+        if remote.link is not None and remote.link.finishing:
+            with trio.move_on_after(CLOSE_S):
+                await remote.link.settled.wait()
         remote.outbox.force(Frame(SERVE_ME, 0, b""))
         try:
             with trio.move_on_after(CONNECT_S + HANDSHAKE_S):

@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Final
 
 import trio
@@ -127,7 +128,9 @@ class SecureChannel:
         initiator: bool,
     ) -> None:
         self._stream = stream
-        self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
+        self._write_now: Callable[[Buffer], int] | None = getattr(stream, "write_now", None)  # a stream in memory has it
+        if isinstance(stream, trio.SocketStream):
+            self._write_now = partial(_write, stream.socket)
         self._unsent = b""
         self._input = source
         self._sealer, self._opener = states
@@ -153,17 +156,17 @@ class SecureChannel:
     def send_now(self, record: Buffer) -> bool:
         """Hand a small record to the kernel without waiting, while no other task sends.
 
-        False where the stream is no socket: nothing was done. What the kernel would not take (see `unsent`) goes out
+        False where the stream can't: nothing was done. What the kernel would not take (see `unsent`) goes out
         before the next `send`. Raises ChannelClosed.
         """
-        if self._socket is None:
+        if self._write_now is None:
             return False
         buffer = self._sealed((record,))
         if self._unsent:
             self._unsent += buffer
             return True
         try:
-            count = os.write(self._socket.fileno(), buffer)
+            count = self._write_now(buffer)
         except BlockingIOError:
             count = 0
         except (OSError, ValueError) as error:
@@ -210,6 +213,10 @@ class SecureChannel:
     async def aclose(self) -> None:
         """Close at once; never blocks."""
         await trio.aclose_forcefully(self._stream)
+
+
+def _write(socket: trio.socket.SocketType, data: Buffer) -> int:
+    return os.write(socket.fileno(), data)
 
 
 async def initiate(

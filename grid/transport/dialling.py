@@ -14,7 +14,7 @@ from dht.network import Address, Network
 from grid.transport.channel import SecureChannel, initiate
 from grid.transport.errors import HandshakeError, PeerUnreachable, Refused
 from grid.transport.hello import Credentials, Hello
-from grid.transport.limits import CONNECT_S, PEERS_KNOWN_MAX
+from grid.transport.limits import ADDRESSES_KNOWN_MAX, CONNECT_S
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,14 @@ async def open_stream(network: Network, address: Address) -> HalfCloseableStream
 
 
 class AddressBook:
-    """Where peers were last reached or say they are; bounded, least recently used out first."""
+    """Where peers were last reached or say they are. Of those not `held`, as many as fit, least recently used out first."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: Callable[[PeerId], bool] = lambda peer: False) -> None:
         self._known: OrderedDict[PeerId, list[Address]] = OrderedDict()
+        self._held = held
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     def get(self, peer: PeerId) -> list[Address]:
         return list(self._known.get(peer, ()))
@@ -70,8 +74,14 @@ class AddressBook:
         merged = list(dict.fromkeys([*addresses, *self._known.get(peer, ())]))
         self._known[peer] = merged[:ADDRESSES_PER_PEER_MAX]
         self._known.move_to_end(peer)
-        while len(self._known) > PEERS_KNOWN_MAX:
-            self._known.popitem(last=False)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Forget what is too much."""
+        if len(self._known) > ADDRESSES_KNOWN_MAX:
+            spare = [peer for peer in self._known if not self._held(peer)]
+            for peer in spare[: max(0, len(spare) - ADDRESSES_KNOWN_MAX)]:
+                del self._known[peer]
 
     def learn_from(self, hello: Hello, remote: Address, *, dialled: bool) -> None:
         """What a handshake showed: the address we dialled, the one the peer names, and that port on the host we see."""

@@ -34,7 +34,7 @@ QUIET_S: Final = 50e-6
 REKEY_RECORDS: Final = 1 << 16
 """64 GiB at most under one AES-GCM key, far below the bound of 2**38 bytes for a distinguishing chance of 2**-57."""
 RECEIVE_BUFFER_BYTES: Final = 64 << 10
-"""One read takes many small records at once; a larger record gets a buffer of its own. Times CONNECTIONS_MAX: 32 MiB."""
+"""One read takes many small records at once; a larger record gets a buffer of its own. Times CONNECTIONS_MAX: 128 MiB."""
 
 KEEPALIVE_S: Final = 2.0
 """A link that sent nothing for so long sends a ping."""
@@ -45,7 +45,15 @@ TICK_S: Final = 1.0
 CLOSE_S: Final = 2.0
 """For the other end to see our goodbye, and for a queue to drain before it."""
 IDLE_S: Final = 300.0
-"""A link that carried nothing but pings for so long is closed, unless it is kept."""
+"""A link that carried nothing but pings for so long is closed, unless either end keeps it."""
+SPARE_LINKS: Final = 16
+"""Links that neither end keeps; more of them only while they carried something within SPARE_S. Twice the neighbours: who takes
+work takes it from a few others for a while. Each costs a ping a second, closing one too early a handshake."""
+SPARE_S: Final = 5.0
+"""A link that carried something within this time is not spare: two keepalives, so that each end knows whether the other keeps it,
+and several pauses of a thief that found nothing."""
+SPARE_CHECK_S: Final = 2.0
+"""How often too many spare links are looked for."""
 HOUSEKEEPING_S: Final = 10.0
 """How often idle links and expired certificates are looked for."""
 
@@ -60,14 +68,16 @@ REQUESTS_RUNNING_MAX: Final = 64
 REQUESTS_WAITING_MAX: Final = 512
 """Requests of one peer known at all; further ones are answered `busy` at once, so that replies behind them still flow."""
 
-CONNECTIONS_MAX: Final = 512
-"""Peers connected at the same time; above it the longest idle one goes. Grids are larger: connections are on demand."""
-HALF_OPEN_MAX: Final = 128
-"""Handshakes under way that others began; above it the oldest is cut off (an honest one lasts milliseconds)."""
+CONNECTIONS_MAX: Final = 2048
+"""Peers connected at the same time; above it the longest idle one goes. Only a job's leader has more than about 50."""
+HALF_OPEN_MAX: Final = 512
+"""Handshakes under way that others began; above it the oldest is cut off. An honest one lasts milliseconds, but all who
+hear of a job dial its leader within a few."""
 JOINS_MAX: Final = 8
 """Admissions under way: each may cost look-ups."""
-PEERS_KNOWN_MAX: Final = 4096
-"""Last good addresses remembered, least recently used out first."""
+ADDRESSES_KNOWN_MAX: Final = 32
+"""Peers not connected whose last good address is remembered, least recently used out first: those likely to be dialled again.
+Any other's is a lookup away."""
 
 REDIAL_S_MIN: Final = 0.1
 REDIAL_S_MAX: Final = 15.0

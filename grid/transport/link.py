@@ -4,6 +4,8 @@ A record holds frames behind 9-byte headers (kind, id, length); the payload of a
 that it is never copied. Rules this file keeps:
 
 - everything of a link ends together: writer, reader, the tasks started in `nursery`; `run` returns why;
+- links that are no longer needed end without a loss: who proposes it (`propose_end`) sends nothing more until the other end, that
+  has nothing under way either, has said goodbye, or has declined;
 - silence counts against the other end only while we wait for its bytes, never while our own handler is slow.
 """
 
@@ -19,12 +21,10 @@ from grid.core.noise import Buffer
 from grid.transport.channel import SecureChannel
 from grid.transport.errors import ChannelClosed
 from grid.transport.limits import BULK_BYTES_MIN, CLOSE_S, DEAD_S, KEEPALIVE_S, MESSAGE_BYTES_MAX, QUIET_S, TICK_S
-from grid.transport.outbox import BYE, PING, Frame, Outbox
+from grid.transport.outbox import BYE, DECLINED, PING, SPARE, Frame, Outbox
 
 _HEADER: Final = struct.Struct(">BII")
 _BULK: Final = 0x80
-IN_USE: Final = 1
-"""Id of a ping whose sender wants to keep the connection although it has nothing to say."""
 
 
 class Link:
@@ -36,19 +36,27 @@ class Link:
         self.peer = channel.peer
         self.outbox = outbox
         self.active = True
-        self.keep = False
         self.announced = trio.Event()
         """Set by the owner once its handler knows of this connection."""
-        self.last_used = trio.current_time()
+        self.began = trio.current_time()
+        self.last_used = self.began
         """When a frame other than a ping went either way."""
         self.nursery: trio.Nursery
         """For tasks that make no sense without this link; cancelled with it."""
         self.running: dict[int, trio.CancelScope] = {}
         """Requests of theirs that are handled, by their number."""
         self.ended = trio.Event()
+        self.use: Callable[[], int] = lambda: 0
+        """What this end needs the connection for although it may be silent: KEPT, IN_USE or 0. Set by the owner."""
+        self.use_there = 0
+        """What the other end said last."""
         self.finishing = False
-        """A goodbye is queued or sent: what is asked now gets no answer on this link."""
+        """A goodbye is queued, sent or proposed: what is asked now gets no answer on this link, or has to wait (`settled`)."""
+        self.settled = trio.Event()
+        """Set when `finishing` is decided: the link has ended, or goes on. Replaced when it goes on."""
+        self._proposed = False
         self._idle = False
+        self._resumed = trio.Event()
         self._first = first
         self._why = ""
         self._last_sent = trio.current_time()
@@ -62,9 +70,43 @@ class Link:
 
     def finish(self, why: str) -> None:
         """Send what is queued, say goodbye, keep reading until the other end closes (CLOSE_S at most)."""
-        if not self.finishing:
+        if not self.finishing or self._proposed:
             self.finishing = True
+            self._proposed = False
             self.outbox.force(Frame(BYE, 0, why.encode()))
+            self._resumed.set()
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is queued or handled here."""
+        return not self.running and not len(self.outbox)
+
+    def propose_end(self) -> None:
+        """Ask the other end to say goodbye if it has no use for this link either; or it declines, and all goes on."""
+        if not self.finishing and self.quiet:
+            self.finishing = self._proposed = True
+            self._resumed = trio.Event()
+            self.outbox.append(Frame(PING, SPARE, b""))
+            self.nursery.start_soon(self._await_answer, self._resumed)
+
+    async def _await_answer(self, resumed: trio.Event) -> None:
+        with trio.move_on_after(DEAD_S):
+            await resumed.wait()
+            return
+        self.end(f"no answer for {DEAD_S:g} s")
+
+    def _answer_spare(self) -> None:
+        if self.quiet and not self.use():
+            self.finish("idle, and neither end has a use for it")
+        else:
+            self.outbox.force(Frame(PING, DECLINED, b""))
+
+    def _declined(self) -> None:
+        if self._proposed:
+            self.finishing = self._proposed = False
+            self._resumed.set()
+            self.settled.set()
+            self.settled = trio.Event()
 
     async def run(self, on_frame: Callable[[Frame], Awaitable[None]]) -> str:
         """Serve until either end stops; then the connection is closed and the reason returned."""
@@ -79,6 +121,7 @@ class Link:
             if self.outbox.shortcut == self._send_now:
                 self.outbox.shortcut = None
             self.ended.set()
+            self.settled.set()
             await self.channel.aclose()
         return self._why
 
@@ -96,7 +139,9 @@ class Link:
                 batch = self.outbox.take()
                 await self.channel.send(*_records(batch))
                 self._last_sent = trio.current_time()
-                if batch[-1].kind == BYE:
+                if batch[-1].kind == PING and batch[-1].id == SPARE:
+                    await self._resumed.wait()
+                elif batch[-1].kind == BYE:
                     await trio.sleep(CLOSE_S)
                     self.end(f"closed: {bytes(batch[-1].payload).decode()}")
                 if len(batch) > 1 or batch[0].kind != PING:
@@ -107,7 +152,7 @@ class Link:
     def _send_now(self, frame: Frame) -> bool:
         """Spare a lone small frame the way through the writer task; in a burst the writer joins what follows."""
         now = trio.current_time()
-        lone = self._idle and self.active and now - self._last_sent >= QUIET_S
+        lone = self._idle and self.active and not self._proposed and now - self._last_sent >= QUIET_S
         if not lone or len(frame.payload) >= BULK_BYTES_MIN or frame.kind == BYE:
             return False
         try:
@@ -146,13 +191,28 @@ class Link:
             if len(payload) != length or length > MESSAGE_BYTES_MAX:
                 raise ChannelClosed("the other end broke the frame format")
             if kind == PING:
-                if number == IN_USE:
-                    self.last_used = trio.current_time()
+                self._pinged(number)
             elif kind == BYE:
                 raise ChannelClosed(f"the other end closed it: {payload[:200].decode(errors='replace')}")
             else:
                 self.last_used = trio.current_time()
                 await on_frame(Frame(kind & ~_BULK, number, payload))
+
+    def tell_use(self) -> None:
+        """Say at once what the next ping would."""
+        self.outbox.force(Frame(PING, self.use(), b""))
+
+    def _pinged(self, number: int) -> None:
+        if number == SPARE:
+            self._answer_spare()
+            return
+        if number == DECLINED:
+            self.last_used = trio.current_time()
+            self._declined()
+            return
+        self.use_there = number
+        if number:
+            self.last_used = trio.current_time()
 
     async def _tend(self) -> None:
         before = trio.current_time()
@@ -164,7 +224,7 @@ class Link:
             if since is not None and now - since > DEAD_S and not stalled:
                 self.end(f"no sign of life for {DEAD_S:g} s")
             if now - self._last_sent > KEEPALIVE_S - TICK_S / 2 and not len(self.outbox):
-                self.outbox.force(Frame(PING, IN_USE if self.keep else 0, b""))
+                self.outbox.force(Frame(PING, self.use(), b""))
 
 
 def _records(batch: list[Frame]) -> list[Buffer]:

@@ -43,16 +43,17 @@ from grid.transport.limits import (
     CONNECTIONS_MAX,
     HANDSHAKE_S,
     HOUSEKEEPING_S,
-    IDLE_S,
     REDIAL_S_MAX,
     REDIAL_S_MIN,
+    SPARE_CHECK_S,
     UNREACHABLE_S,
 )
 from grid.transport.link import Link
-from grid.transport.outbox import CANCEL, MESSAGE, REQUEST, Frame
+from grid.transport.outbox import CANCEL, KEPT, MESSAGE, REQUEST, Frame
 from grid.transport.pending import Pending
 from grid.transport.reception import Reception
 from grid.transport.remote import Dial, Down, Remote, Up
+from grid.transport.spare import Spare
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +85,11 @@ class Mesh:
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
         entropy: Callable[[int], bytes] = os.urandom,
+        in_use: Callable[[PeerId], bool] = lambda peer: False,
     ) -> None:
         """locate: where a peer listens, asked when no known address answers. clock: unix time, for certificates.
 
+        in_use: whether a connection that stands is of use although nothing may come over it for a while.
         rng: jitter only. entropy: secret randomness for keys; only a simulation passes anything but os.urandom.
         """
         self.id = membership.identity.id
@@ -105,9 +108,10 @@ class Mesh:
             describe=describe,
             entropy=entropy,
         )
-        self._book = AddressBook()
-        self._dialler = Dialler(network, self._credentials, locate, self._book)
         self._remotes: dict[PeerId, Remote] = {}
+        self._book = AddressBook(self._remotes.__contains__)
+        self._dialler = Dialler(network, self._credentials, locate, self._book)
+        self._spare = Spare(self._remotes, in_use)
         self._nursery: trio.Nursery | None = None
         self._blobs = BlobLinks(self._dialler, self._remote, lambda: self.running, self._read_own)
         self._dispatch = Dispatch(handler, self.counters, self._spawn, self._lose, self._blobs.serve_back)
@@ -145,17 +149,18 @@ class Mesh:
             self._nursery.start_soon(function, *arguments)
 
     async def _housekeeping(self) -> None:
+        checked = trio.current_time()
         while True:
-            await trio.sleep(HOUSEKEEPING_S)
-            self.recheck()
+            await trio.sleep(SPARE_CHECK_S)
             now = trio.current_time()
+            if now - checked >= HOUSEKEEPING_S:
+                checked = now
+                self.recheck()
+            self._spare.thin(now)
             for remote in list(self._remotes.values()):
-                link = remote.link
-                busy = remote.pending or (link is not None and link.running)
-                if link is not None and not remote.wanted and not busy and now - link.last_used > IDLE_S:
-                    link.finish("idle")
                 if remote.forgettable:
                     del self._remotes[remote.id]
+            self._book.tidy()
 
     def recheck(self) -> None:
         """Close connections of peers that are no members any more: call it when a revocation was learnt."""
@@ -170,6 +175,11 @@ class Mesh:
 
     def connected(self) -> list[PeerId]:
         return [remote.id for remote in self._remotes.values() if remote.link is not None]
+
+    def neighbours(self) -> list[PeerId]:
+        """Those connected that either end keeps."""
+        links = {remote.id: remote.link for remote in self._remotes.values() if remote.link is not None}
+        return [peer for peer, link in links.items() if self._remotes[peer].wanted or link.use_there == KEPT]
 
     def hello(self, peer: PeerId) -> Hello | None:
         """What the peer said of itself on the present connection; None when there is none."""
@@ -234,16 +244,13 @@ class Mesh:
         """Stay connected to this peer, dialling again whenever the connection breaks, until `unkeep`."""
         self._book.learn(peer, addresses)
         remote = self._remote(peer)
-        remote.wanted = True
-        if remote.link is not None:
-            remote.link.keep = True
+        told, remote.wanted = remote.wanted, True
+        if remote.link is not None and not told:
+            remote.link.tell_use()
         self._redial_soon(remote)
 
     def unkeep(self, peer: PeerId) -> None:
-        remote = self._remote(peer)
-        remote.wanted = False
-        if remote.link is not None:
-            remote.link.keep = False
+        self._remote(peer).wanted = False
 
     async def close(self, peer: PeerId) -> None:
         """Send what is queued, say goodbye, close."""
@@ -263,17 +270,21 @@ class Mesh:
             remote = self._remotes[peer] = Remote(peer)
         return remote
 
-    def take_in(self, channel: SecureChannel, address: Address) -> Verdict:
+    def take_in(self, channel: SecureChannel, address: Address, began: float) -> Verdict:
         """A member's control connection from `address`: adopted when the verdict is OK. One step, no wait within.
 
         Of two simultaneous dials the lower id's wins: the lower refuses the other's once it knows its own gets through,
-        the higher takes the lower's and drops its own.
+        the higher takes the lower's and drops its own. began: when it came; if that was before our own got through, the other end
+        has given it up meanwhile.
         """
         remote = self._remote(channel.peer)
         self._book.learn_from(channel.hello, address, dialled=False)
         dial = remote.dial
         if dial is not None and dial.authenticated and self.id < remote.id:
             return Verdict(Code.DUPLICATE, "the peer's own dial to this one is about to succeed")
+        link = remote.link
+        if link is not None and link.channel.initiator and began <= link.began and self.id < remote.id and not link.finishing:
+            return Verdict(Code.DUPLICATE, "the peer's own dial to this one has succeeded")
         if remote.inbox.full or (remote.link is None and not self._make_room()):
             return Verdict(Code.FULL, "the peer has too many connections: try again later")
         verdict = Verdict(Code.OK)
@@ -284,7 +295,7 @@ class Mesh:
         links = [remote.link for remote in self._remotes.values() if remote.link is not None]
         if len(links) < CONNECTIONS_MAX:
             return True
-        idle = [link for link in links if not link.keep and not link.running and not len(link.outbox)]
+        idle = [link for link in links if link.quiet and not link.use()]
         oldest = min(idle, key=lambda link: link.last_used, default=None)
         if oldest is None or trio.current_time() - oldest.last_used < HOUSEKEEPING_S:
             return False
@@ -298,10 +309,12 @@ class Mesh:
         if remote.dial is not None and not channel.initiator:
             remote.dial.scope.cancel()
         link = Link(channel, remote.outbox, first)
-        link.keep = remote.wanted
+        link.use = partial(self._spare.use, remote)
         remote.link, remote.hello, remote.failures = link, channel.hello, 0
         self.counters["connections"] += 1
         remote.inbox.push(Up(channel.hello, link))
+        if remote.wanted:
+            link.tell_use()
         self._dispatch.pump_soon(remote)
         remote.up.set()
         self.running.start_soon(self._run_link, remote, link)
@@ -427,12 +440,15 @@ class Mesh:
     async def _reach(self, peer: PeerId, message: bytes) -> Remote:
         check_size(message)
         remote = self._remote(peer)
-        if remote.link is not None and remote.link.finishing:
-            await remote.link.ended.wait()
-        if remote.link is None:
-            if remote.dial is None and trio.current_time() < remote.retry_at:
+        while (link := remote.link) is None or link.finishing:
+            if link is not None:
+                await link.settled.wait()
+                if not link.active:
+                    self._lose(remote, link, "closed")
+            elif remote.dial is None and trio.current_time() < remote.retry_at:
                 raise PeerUnreachable(peer, remote.why)
-            await self.connect(peer)
+            else:
+                await self.connect(peer)
         return remote
 
     # ---- blobs -------------------------------------------------------------------------------------------------------

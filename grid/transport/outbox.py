@@ -25,6 +25,14 @@ ERROR: Final = 4
 CANCEL: Final = 5
 PING: Final = 6
 BYE: Final = 7
+IN_USE: Final = 1
+"""Id of a ping whose sender needs the connection although it has nothing to say."""
+KEPT: Final = 4
+"""The same, and it will dial again when the connection breaks: its sender chose the receiver as a neighbour."""
+SPARE: Final = 2
+"""Id of a ping whose sender has no use for the connection, and is silent until the other end has said goodbye or DECLINED."""
+DECLINED: Final = 3
+"""Id of a ping that answers SPARE: the connection is in use."""
 SERVE_ME: Final = 8
 """Dial me with purpose `serve`: I want to read blobs of yours and can't get through."""
 READ: Final = 16
@@ -103,7 +111,7 @@ class Outbox:
             await self._work.park()
 
     def take(self) -> list[Frame]:
-        """The next frames, none if there are none: as fit one record; a bulk frame or a goodbye is always the last."""
+        """The next frames, none if there are none: as fit one record; a bulk frame, a goodbye or a SPARE is the last."""
         batch: list[Frame] = []
         size = 0
         while self._frames and size < RECORD_BYTES_TARGET:
@@ -112,7 +120,7 @@ class Outbox:
             self._bytes -= length + FRAME_OVERHEAD_BYTES
             batch.append(frame)
             size += length
-            if length >= BULK_BYTES_MIN or frame.kind == BYE:
+            if length >= BULK_BYTES_MIN or frame.kind == BYE or (frame.kind == PING and frame.id == SPARE):
                 break
         if not self.full:
             self._room.unpark()

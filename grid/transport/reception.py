@@ -64,10 +64,11 @@ class Reception:
     async def _welcome(self, stream: HalfCloseableStream, remote: Address) -> None:
         count = self._mesh.counters
         count["accepted"] += 1
+        began = trio.current_time()
         try:
             channel = await self._handshake(stream)
             if channel is not None:
-                await self._decide(channel, remote)
+                await self._decide(channel, remote, began)
         except (HandshakeError, ChannelClosed, PeerUnreachable) as error:
             count[type(error).__name__] += 1
             log.debug("connection from %s: %s", format_address(remote), error)
@@ -86,7 +87,7 @@ class Reception:
             self._half_open.pop(stream, None)
         return None
 
-    async def _decide(self, channel: SecureChannel, remote: Address) -> None:
+    async def _decide(self, channel: SecureChannel, remote: Address, began: float) -> None:
         """The verdict, and what follows from it."""
         purpose = channel.hello.purpose
         if purpose == JOIN and channel.hello.invite:
@@ -100,7 +101,7 @@ class Reception:
         if channel.peer == self._mesh.id:
             verdict = Verdict(Code.REFUSED, "the peer called itself")
         elif purpose == PEER:
-            verdict = self._mesh.take_in(channel, remote)
+            verdict = self._mesh.take_in(channel, remote, began)
         elif purpose == SERVE:
             verdict = self._blobs.take_in(channel)
         elif purpose == BLOBS:

@@ -164,7 +164,7 @@ async def test_host_that_cannot_be_one(host: str) -> None:
 
 
 def test_address_book_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grid.transport.dialling.PEERS_KNOWN_MAX", 3)
+    monkeypatch.setattr("grid.transport.dialling.ADDRESSES_KNOWN_MAX", 3)
     book = AddressBook()
     for number in range(5):
         book.learn(PeerId(bytes([number]) * 20), [("h", number + port) for port in range(1, 9)])
