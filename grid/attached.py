@@ -84,7 +84,7 @@ async def run_attached(peer: Peer, call: Call) -> Any:
         lead.stream = stream
         return lead
 
-    lead = await peer.lead(spec, signed, pins, make)
+    lead = await peer.lead_alone(spec, signed, pins, make)
     while lead.view.outcome is None:
         await lead.view.bell.wait()
     return {}

@@ -24,15 +24,21 @@ from grid.core.messages import (
     Accepted,
     Answer,
     Ask,
+    Beat,
     Claims,
     Completed,
+    Dismissed,
     Drop,
+    Endorse,
+    Enlist,
     FindBlob,
     GrantTaken,
     Have,
     Holders,
     JobNews,
     JobsWanted,
+    Keep,
+    Mail,
     Nothing,
     Poke,
     Printed,
@@ -40,6 +46,7 @@ from grid.core.messages import (
     RelayClosed,
     Renew,
     Steal,
+    Survey,
     decode,
     encode,
 )
@@ -68,15 +75,14 @@ class Dispatch:
         await self.ready.wait()
         self._peer.gossip.up(peer)
         self._peer.helping.up(peer)
+        self._peer.found(peer)
 
     async def on_down(self, peer: PeerId, why: str) -> None:
         """See MeshHandler."""
         await self.ready.wait()
         log.debug("connection to %s ended: %s", peer.hex()[:8], why)
         self._peer.helping.down(peer)
-        for lead in self._peer.jobs.led.values():
-            if lead.outreach is not None:
-                lead.outreach.lost(peer)
+        self._peer.lost(peer)
 
     async def admit(self, invite: bytes, key: bytes, hello: Hello) -> Chain:
         """See MeshHandler."""
@@ -107,7 +113,13 @@ class Dispatch:
                 self._peer.gossip.wanted(peer)
             case Poke(job=job):
                 self._peer.helping.poked(JobId(job), peer)
-            case Claims() | Completed() | Printed() | Have() | Relay() | RelayClosed() | GrantTaken() | Accepted() | Drop():
+            case Mail() | Dismissed():
+                await self._peer.replicas.handle(peer, message)
+            case Keep():
+                self._peer.keep(peer, message)
+            case Claims() | Completed() | Printed() | Have() | Relay() | RelayClosed() | GrantTaken():
+                await self._about_job(peer, message)
+            case Accepted() | Drop() | Beat():
                 await self._about_job(peer, message)
             case _:
                 raise RefusedError(f"{type(message).__name__} is no message of its own")
@@ -116,10 +128,16 @@ class Dispatch:
         job = JobId(self._job_of(message))
         lead = self._peer.jobs.led.get(job)
         if lead is not None:
+            if isinstance(message, Have) and lead.keeper is not None:
+                lead.keeper.have(peer, message.blobs, message.refused, message.sizes)
             if lead.outreach is not None:
                 await lead.outreach.handle(peer, message)
+            else:
+                lead.hold(peer, message)
             return
         helper = self._peer.helping.jobs.get(job)
+        if isinstance(message, Drop):
+            self._peer.helping.dropped(peer, message)
         if helper is not None and helper.remote is not None:
             await helper.remote.handle(peer, message)
         elif isinstance(message, Claims | Completed) and job in self._peer.jobs.archived:
@@ -153,8 +171,9 @@ class Dispatch:
                 return await self._steal(peer, JobId(job), message)
             case FindBlob(job=job, blob=blob):
                 lead = self._peer.jobs.led.get(JobId(job))
-                found = lead.outreach.holders(blob) if lead is not None and lead.outreach is not None else []
-                return Holders(tuple(found))
+                return Holders(tuple(await lead.find(blob) if lead is not None else ()))
+            case Enlist() | Survey() | Endorse():
+                return await self._peer.replicas.request(peer, message)
             case Ask(method=method, params=params):
                 return await self._ask(peer, method, json.loads(params))
             case Renew():

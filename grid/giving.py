@@ -6,7 +6,7 @@ ranges run here after all); a grant carries all the thief lacks, short segments 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,12 @@ KNOWN_RANGES_MAX = 64
 """Ranges of stages that a thief may say it knows."""
 
 Declare = Callable[[int], Signed]
+Strange = Callable[[PeerId, Sequence[Work]], tuple[list[Work], list[Work]]]
+
+
+def all_strange(thief: PeerId, works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+    """Of a peer that does not know what others hold."""
+    return list(works), []
 
 
 @dataclass(slots=True)
@@ -46,19 +52,35 @@ class _Given:
 class Giver:
     """One site's grants under way."""
 
-    def __init__(self, site: Site, data: JobData, identity: Identity, epoch: int, declare: Declare) -> None:
+    def __init__(
+        self,
+        site: Site,
+        data: JobData,
+        identity: Identity,
+        epoch: int,
+        declare: Declare,
+        declared: Callable[[int], bool] = lambda stage: True,
+        strange: Strange = all_strange,
+    ) -> None:
+        """strange: cuts works into what a thief may have and what it holds already."""
+        self._strange = strange
         self._site = site
         self._data = data
         self._identity = identity
-        self._epoch = epoch
+        self.epoch = epoch
         self._declare = declare
+        self._declared = declared  # by the present leader: what isn't can be given only to who knows it
         self._given: dict[int, _Given] = {}
         self._number = 0
         self.given_tasks = 0
 
-    async def give(self, thief: PeerId, steal: Steal) -> tuple[Give, list[Work]] | None:
-        """About half of the remaining time of the tasks that the thief can run; None when there is nothing for it."""
-        works = self._take(steal)
+    async def give(self, thief: PeerId, steal: Steal, works: list[Work] | None = None) -> tuple[Give, list[Work]] | None:
+        """About half of the remaining time of the tasks that the thief can run; None when there is nothing for it.
+
+        works: give these instead, which are not queued here.
+        """
+        if works is None:
+            works = self._take(thief, steal)
         if not works:
             return None
         self._number += 1
@@ -101,14 +123,19 @@ class Giver:
                 self._site.put_back(work)
             self._site.workshop.pump()
 
-    def _take(self, steal: Steal) -> list[Work]:
+    def _take(self, thief: PeerId, steal: Steal) -> list[Work]:
         site = self._site
         tags = set(steal.tags)
 
         def wanted(stage: int) -> bool:
+            if not self._declared(stage) and not any(lo <= stage < hi for lo, hi in steal.known_stages[:KNOWN_RANGES_MAX]):
+                return False
             return tags.issuperset(site.stages[stage].options.tags) and site.functions[site.stages[stage].fn] is not None
 
         works = site.deque.steal_tail(site.seconds_per_task, 0.5, self._boundary, wanted=wanted)
+        works, own = self._strange(thief, works)
+        for work in own:
+            self._push_back(work)
         kept: list[Work] = []
         stages: set[int] = set()
         count = size = 0
@@ -182,7 +209,7 @@ class Giver:
             if work.lo <= index < work.hi
         )
         ranges = tuple((work.stage, work.lo, work.hi) for work in works)
-        grant = Grant(self._data.job, self._epoch, thief, number, ranges, tuple(refs), attempts, paces)
+        grant = Grant(self._data.job, self.epoch, thief, number, ranges, tuple(refs), attempts, paces)
         return Give(sign(grant, GRANT_DOMAIN, self._identity), tuple(declarations), tuple(functions.items()), tuple(inline))
 
     async def _segment(self, stage: int, segment: Segment, bare: bool) -> tuple[SegmentRef, bytes] | None:

@@ -1,7 +1,7 @@
 """What this machine's commands can ask of their peer: one method each, over the control socket.
 
 Results are plain data in the shapes the commands' --json prints. A method about a job works from any member: it asks
-whoever leads or keeps the job, and follows by long polls at byte offsets.
+whoever leads or keeps the job, and follows by long polls at byte offsets, across changes of the leader.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from grid.api.client import ControlError
 from grid.config import format_address
 from grid.control import Call, Handler
 from grid.core import limits
+from grid.core.errors import GridError
 from grid.core.job import FINAL, JobId, sign_spec
 from grid.core.messages import Answer, Ask, decode, encode
 from grid.submission import make_spec
@@ -35,8 +36,10 @@ STATUS_JOBS_MAX: Final = 100
 JOBS_PEERS_MAX: Final = 32
 """Peers asked for their jobs."""
 FILE_BYTES: Final = 1 << 20
-UNBUILT: Final = ("replicas", "strict", "verify", "network")
+UNBUILT: Final = ("verify", "network")
 """Options that are kept in the spec and change nothing yet."""
+HOLDERS_ASKED_MAX: Final = 16
+"""Peers asked for a file that a job left."""
 METHODS: Final = (
     *("status", "invite", "leave", "trust", "revoke", "submit", "follow", "jobs", "show", "logs"),
     *("wait", "cancel", "result", "result_file", "explain", "resolve", "doctor", "attach"),
@@ -99,15 +102,23 @@ class Handlers:
         return {"invite": text}
 
     async def leave(self, call: Call) -> Any:
-        """Drain, answer, stop."""
+        """Hand over what is led here, drain, answer, stop. Raises ControlError: jobs would be lost, and nothing was done."""
 
         async def note(text: str) -> None:
             await call.event("note", {"text": text})
 
-        leads = [job.hex() for job, lead in self._peer.jobs.led.items() if lead.view.state not in FINAL]
-        if leads:
-            await note(f"{len(leads)} job{'s' * (len(leads) != 1)} led by this peer end{'s' * (len(leads) == 1)} with it")
-        await self._peer.leave(note, bool(call.params.get("forget", False)))
+        forget = bool(call.params.get("forget", False))
+        alone, bound = self._peer.jobs.stranded()
+        if (alone or bound) and forget and not call.params.get("force"):
+            names = " ".join(job.hex()[:8] for job in (*alone, *bound))
+            hint = "wait for them, have another machine join, or lose them with: grid leave --forget --force"
+            raise ControlError("jobs-here", f"no other machine holds what this one runs: {names}", hint)
+        for job in alone:
+            end = "is lost with this home's membership" if forget else "goes on here when this machine joins again"
+            await note(f"job {job.hex()[:8]} is on this machine alone: it {end}")
+        for job in bound:
+            await note(f"job {job.hex()[:8]} is driven by a process of this machine: it ends")
+        await self._peer.leave(note, forget)
         await call.reply({})
         self._peer.stop.cancel()
         return {}
@@ -130,50 +141,57 @@ class Handlers:
     # ---- submitting ----
 
     async def submit(self, call: Call) -> Any:
-        """Accept a packed script; unless detached, follow it to its end."""
+        """Accept a packed script; detached: once it is durable; else follow it to its end."""
         submission = call.params["submission"]
+        detach = bool(call.params.get("detach"))
         pins = f"submit:{secrets.token_hex(8)}"
         try:
-            spec = await make_spec(self._peer, submission, pins)
+            spec, blobs = await make_spec(self._peer, submission, pins)
             signed = sign_spec(spec, self._peer.identity, self._peer.membership.chain)
-            lead = await self._peer.lead(spec, signed, pins)
+            job = await self._peer.lead(spec, signed, pins, blobs)
         except OSError as error:
             raise ControlError("disk", f"the job can't be kept on this peer's disk: {error.strerror}") from None
-        await call.event("accepted", {"job": lead.job.hex()})
+        except GridError as error:
+            raise ControlError(error.code, f"the job was not accepted: {error}", error.hint) from None
         unbuilt = [f"--{name}" for name in UNBUILT if (submission.get("options") or {}).get(name)]
-        if unbuilt and not call.params.get("detach"):
+        if unbuilt:
             await call.event("note", {"text": f"{' '.join(unbuilt)}: not built yet, without effect"})
-        if not call.params.get("detach"):
-            await self._follow(call, lead.job, 0, 0, True)
+        if not detach:
+            await call.event("accepted", {"job": job.hex()})
+            await self._follow(call, job, {})
+            return {}
+        await call.event("submitted", {"job": job.hex()})
+        if warning := await self._peer.leading.durable(job):
+            await call.event("note", {"text": warning})
+        await call.event("accepted", {"job": job.hex()})
         return {}
 
     # ---- following ----
 
     async def follow(self, call: Call) -> Any:
-        """Output and progress from the given offsets to the end."""
-        params = call.params
-        prints = bool(params.get("prints", True))
-        await self._follow(call, _job(params), int(params.get("from_stdout", 0)), int(params.get("from_stderr", 0)), prints)
+        """Output and progress from the given positions to the end."""
+        await self._follow(call, _job(call.params), call.params)
         return {}
 
-    async def _follow(self, call: Call, job: JobId, stdout: int, stderr: int, prints: bool) -> None:
-        position = {"stdout": stdout, "stderr": stderr, "print": 0 if prints else -1, "seen": -1}
+    async def _follow(self, call: Call, job: JobId, params: dict[str, Any]) -> None:
+        """params: from_stdout, from_stderr, prints (bool), from_print and by (as the last print event said)."""
+        progress = _Progress(call, str(params.get("by", "")))
+        print_at = int(params.get("from_print", 0)) if params.get("prints", True) else -1
+        position = {"stdout": int(params.get("from_stdout", 0)), "stderr": int(params.get("from_stderr", 0)), "print": print_at}
         while True:
-            answer, body = await self._peer.jobs.ask(job, "poll", {**position, "wait_s": limits.POLL_S_MAX})
-            at = 0
-            for name in ("stdout", "stderr"):
-                offset, length = answer[name]
-                if length:
-                    await call.event(name, {"offset": offset}, body[at : at + length])
-                    position[name] = offset + length
-                at += length
+            asked = {**position, "seen": progress.seen, "wait_s": limits.POLL_S_MAX}
+            answer, body = await self._peer.jobs.ask(job, "poll", asked)
+            moved = await progress.note(answer)
+            at = await _send_output(call, answer, body, position)
+            if moved and position["print"] >= 0:  # another leader counts its prints from 0
+                position["print"] = 0
+                continue
             for stage, index, fd, peer, length in answer["prints"]:
-                await call.event("print", {"stage": stage, "index": index, "fd": fd, "peer": peer}, body[at : at + length])
+                told = {"stage": stage, "index": index, "fd": fd, "peer": peer, "next": answer["print_next"], "by": progress.by}
+                await call.event("print", told, body[at : at + length])
                 at += length
             position["print"] = answer["print_next"]
-            if answer["version"] != position["seen"] and "stages" in answer:
-                position["seen"] = answer["version"]
-                await call.event("progress", {"stages": answer["stages"], "peers": answer.get("peers", 0)})
+            await progress.show(answer)
             if answer["final"]:
                 await call.event("final", answer["outcome"])
                 return
@@ -191,19 +209,14 @@ class Handlers:
 
     async def _output(self, call: Call, job: JobId, stdout: int, stderr: int, to_end: bool) -> dict[str, Any]:
         """Stream output from offsets (-1: not that one): what is there now, or to the job's end. Returns the last poll."""
+        position = {"stdout": stdout, "stderr": stderr, "print": -1}
+        progress = _Progress(call, "")
         while True:
-            wait_s = limits.POLL_S_MAX if to_end else 0.0
-            answer, body = await self._peer.jobs.ask(
-                job, "poll", {"stdout": stdout, "stderr": stderr, "print": -1, "seen": -1, "wait_s": wait_s}
-            )
-            at = 0
-            for name in ("stdout", "stderr"):
-                offset, length = answer[name]
-                if length:
-                    await call.event(name, {"offset": offset}, body[at : at + length])
-                at += length
-            stdout = stdout if stdout < 0 else stdout + answer["stdout"][1]
-            stderr = stderr if stderr < 0 else stderr + answer["stderr"][1]
+            asked = {**position, "seen": progress.seen, "wait_s": limits.POLL_S_MAX if to_end else 0.0}
+            answer, body = await self._peer.jobs.ask(job, "poll", asked)
+            await progress.note(answer)
+            progress.seen = answer.get("version", -1)
+            await _send_output(call, answer, body, position)
             if answer["final"] or (not to_end and not body):
                 return dict(answer)
 
@@ -212,10 +225,12 @@ class Handlers:
         job = _job(call.params)
         timeout_s = call.params.get("timeout_s")
         answer: dict[str, Any] = {"state": "running"}
+        progress = _Progress(call, "")
         with trio.move_on_after(float("inf") if timeout_s is None else float(timeout_s)):
             while answer["state"] not in FINAL:
                 params = {"stdout": -1, "stderr": -1, "print": -1, "seen": answer.get("version", -1), "wait_s": limits.POLL_S_MAX}
                 answer, _ = await self._peer.jobs.ask(job, "poll", params)
+                await progress.note(answer)
         return answer.get("outcome") or {"state": answer["state"], "exit_code": None, "signal": None, "error": None}
 
     async def result(self, call: Call) -> Any:
@@ -233,8 +248,7 @@ class Handlers:
         found = next((f for f in files if f["name"] == name), None)
         if found is None:
             raise ControlError("unknown-file", f"the job left no file {name!r}")
-        entry = self._peer.board.get(job)
-        holders = [entry.leader] if entry is not None else []
+        holders = self._peer.jobs.holders(job)[:HOLDERS_ASKED_MAX]
         store, fetcher = self._peer.services.store, self._peer.services.fetcher
         blob, size = bytes.fromhex(found["blob"]), int(found["size"])
         owner = f"file:{secrets.token_hex(8)}"
@@ -260,8 +274,10 @@ class Handlers:
         table = {row["id"]: row for row in await self._jobs_elsewhere(leaders)}
         for job, row in self._peer.jobs.known().items():
             known = table.get(job.hex())
-            if known is None or row["leader"] == self._peer.me.hex() or (row["state"] in FINAL) > (known["state"] in FINAL):
+            if known is None or _worth(row, row["leader"] == self._peer.me.hex()) >= _worth(known, known["told"]):
                 table[job.hex()] = row
+        for row in table.values():
+            row.pop("told", None)
         return sorted(table.values(), key=lambda row: -row["submitted_s"])
 
     async def _jobs_elsewhere(self, leaders: set[str] | None = None) -> list[dict[str, Any]]:
@@ -275,7 +291,9 @@ class Handlers:
             except (TransportError, CodecError, trio.TooSlowError):
                 return
             for row in json.loads(answer.result) if isinstance(answer, Answer) else ():
-                if row["id"] not in found or row["leader"] == contact.id.hex():
+                row["told"] = row["leader"] == contact.id.hex()
+                known = found.get(row["id"])
+                if known is None or _worth(row, row["told"]) > _worth(known, known["told"]):
                     found[row["id"]] = row
 
         with trio.move_on_after(STATUS_S):
@@ -292,9 +310,11 @@ class Handlers:
         """End a job: its owner's, or with `force` and the admin role anybody's."""
         job = _job(call.params)
         force = bool(call.params.get("force"))
-        if job in self._peer.jobs.led:
+
+        def check() -> None:
             self._peer.check_cancel(job, self._peer.me, force)
-        return (await self._peer.jobs.ask(job, "cancel", {"force": force}))[0]
+
+        return (await self._peer.jobs.ask(job, "cancel", {"force": force}, check))[0]
 
     async def explain(self, call: Call) -> Any:
         """Why tasks wait."""
@@ -324,8 +344,54 @@ class Handlers:
         return await run_attached(self._peer, call)
 
 
+class _Progress:
+    """Who answers a follower, and what it was shown of the job's stages."""
+
+    def __init__(self, call: Call, by: str) -> None:
+        self.by = by
+        """The leadership that answered last: its peer and epoch."""
+        self.seen = -1
+        """The version of the progress that was shown; each leadership counts its own."""
+        self._call = call
+        self._shown = -1
+
+    async def note(self, answer: dict[str, Any]) -> bool:
+        """Whether another leadership answers than before; that another peer leads is told. A replica is none."""
+        by, last = str(answer.get("by", "")), self.by
+        if not by or by == last:
+            return False
+        self.by = by
+        self.seen = self._shown = -1
+        if last and by.partition(":")[0] != last.partition(":")[0]:
+            await self._call.event("note", {"text": "the job's leader went away; following the new one"})
+        return bool(last)
+
+    async def show(self, answer: dict[str, Any]) -> None:
+        """Tell of progress, once for each version."""
+        if "stages" in answer and answer["version"] != self._shown:
+            self.seen = self._shown = answer["version"]
+            await self._call.event("progress", {"stages": answer["stages"], "peers": answer.get("peers", 0)})
+
+
+async def _send_output(call: Call, answer: dict[str, Any], body: bytes, position: dict[str, int]) -> int:
+    """Pass on the output in an answer and move the positions; returns where in the body the rest begins."""
+    at = 0
+    for name in ("stdout", "stderr"):
+        offset, length = answer[name]
+        if length:
+            await call.event(name, {"offset": offset}, body[at : at + length])
+            position[name] = offset + length
+        at += length
+    return at
+
+
 def _job(params: dict[str, Any]) -> JobId:
     return JobId(bytes.fromhex(str(params["job"])))
+
+
+def _worth(row: dict[str, Any], told_by_leader: bool) -> tuple[bool, int, bool]:
+    """Which of two lines about a job says more: an outcome, a later epoch, the leader's own word."""
+    return row["state"] in FINAL, int(row.get("epoch", 1)), told_by_leader
 
 
 def _peer_row(info: bytes) -> dict[str, Any]:

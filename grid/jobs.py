@@ -1,8 +1,9 @@
-"""The jobs a peer knows: those it leads, those it keeps the outcome of, those it can ask others about.
+"""The jobs a peer knows: those it leads, those it holds a replica of, those it keeps the outcome of, those it heard of.
 
-`ask` is the one way to learn something of any job: answered here when this peer leads or keeps it, else by the peer that
-does. Answers are JSON with an optional raw body. Rules: a job's folder holds its signed spec from before it is announced,
-its outcome from before anyone is told; a job whose leader stopped without an outcome is failed, and says so.
+`ask` is the one way to learn something of any job (`grid.asking`): answered here when this peer leads or keeps it, else by a
+peer that does. Answers are JSON with an optional raw body. Rules: a job's folder holds its signed spec from before it is
+announced, its outcome from before anyone is told; a job that lived in this peer alone (its driver was a process here) and has
+no outcome after a restart is failed, and says so; one with a journal goes on.
 """
 
 from __future__ import annotations
@@ -13,54 +14,82 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
 from dht.core import codec
 from dht.core.identity import PeerId
 from grid.api.client import ControlError
+from grid.asking import Asking
 from grid.core import limits
 from grid.core.board import Board
 from grid.core.job import CANCELLED, FAILED, FINAL, JobId, JobSpec, Outcome, SignedSpec, job_id
-from grid.core.messages import Answer, Ask, decode, encode
+from grid.describing import describe, explain, leaderless, outcome_of, summary, summary_of, with_branches
+from grid.followed import Followed
 from grid.jobplace import clean
 from grid.jobview import JobView
-from grid.leadjob import LeadJob, describe, write_record
-from grid.transport.errors import RemoteError, TransportError
+from grid.leadjob import LeadJob, write_record
 
 if TYPE_CHECKING:
     from grid.transport.mesh import Mesh
 
-ARCHIVED_MAX = 200
+ARCHIVED_MAX: Final = 200
 """Ended jobs kept with output and files; the oldest go first."""
-EXPLAIN_PEERS = 64
+CANCEL_S: Final = 8.0
+"""For the outcome of a cancelled job to be final: within the time that who asks from elsewhere waits."""
+ALONE: Final = "alone"
+"""A file in the folder of a job that lives in this peer only."""
+JOURNALS: Final = "raft-*"
+"""The journals of a job's log in its folder, one for each branch."""
 log = logging.getLogger(__name__)
 
 
 class Archived:
     """An ended job, as its folder has it."""
 
-    def __init__(self, job: JobId, spec: JobSpec, outcome: Outcome, folder: Path, shown: dict[str, Any]) -> None:
+    def __init__(
+        self, job: JobId, spec: JobSpec, outcome: Outcome, folder: Path, shown: dict[str, Any], view: JobView | None = None
+    ) -> None:
         self.job = job
         self.spec = spec
-        self.view = JobView(folder)
+        self.view = view or JobView(folder)
+        self.view.stdout.expect(outcome.stdout_bytes)
+        self.view.stderr.expect(outcome.stderr_bytes)
         self.view.outcome = outcome
         self.view.state = outcome.state
         self.shown = shown
 
+    def describe(self, me: PeerId) -> dict[str, Any]:
+        """The object of `grid show --json`: what its leader said at the end, as far as it is kept."""
+        shown = self.shown
+        leader = PeerId(bytes.fromhex(shown["leader"])) if shown.get("leader") else me
+        replicas = [PeerId(bytes.fromhex(peer)) for peer in shown.get("replicas", ())]
+        stages, peers, epoch = shown.get("stages", []), shown.get("peers", {}), int(shown.get("epoch", 1))
+        return describe(self.job, self.spec, self.view, epoch, leader, stages, peers, replicas)
+
+    @property
+    def branch(self) -> bytes:
+        """Where it ended; b"": the root."""
+        return bytes.fromhex(self.shown.get("branch", ""))
+
 
 class Jobs:
-    """The registry. `spawn` starts a task that outlives the caller."""
+    """The registry."""
 
     def __init__(self, folder: Path, me: PeerId, board: Board, mesh: Mesh | None, forget: Callable[[str], None]) -> None:
         self.folder = folder
         self.me = me
         self.board = board
         self.led: dict[JobId, LeadJob] = {}
+        self.followed: dict[JobId, Followed] = {}
         self.archived: dict[JobId, Archived] = {}
-        self._mesh = mesh
+        self.unfinished: list[tuple[JobId, SignedSpec, JobSpec, Path]] = []
+        """Jobs that had a journal here when `load` read the folders, and no outcome."""
+        self.why_leaderless: Callable[[JobId], str] = lambda job: ""
+        """Why a job that is followed here has no leader, for people; "": nothing special."""
         self._forget = forget
+        self._asking = Asking(self, board, mesh)
 
     # ---- keeping ----
 
@@ -72,7 +101,7 @@ class Jobs:
                     clean(folder)  # a peer that only helped was killed meanwhile
                 if folder.exists():
                     self._load(folder)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, codec.CodecError) as error:
                 log.warning("the job folder %s is damaged: %s", folder.name[:8], error)
 
     def _load(self, folder: Path) -> None:
@@ -81,37 +110,73 @@ class Jobs:
         spec = codec.decode(signed.payload, JobSpec)
         if (folder / "outcome").exists():
             outcome = codec.decode((folder / "outcome").read_bytes(), Outcome)
-        else:
+        elif any(folder.glob(JOURNALS)):
+            clean(folder)
+            self.unfinished.append((job, signed, spec, folder))
+            return
+        elif (folder / ALONE).exists():
             outcome = Outcome(FAILED, None, "the peer that led the job stopped before it ended", code="leader-stopped")
             write_record(folder / "outcome", codec.encode(outcome))
             clean(folder)
+        else:
+            _forget_folder(folder)  # it was never accepted, or others hold it
+            return
         shown: dict[str, Any] = {}
         if (folder / "shown.json").exists():
             shown = json.loads((folder / "shown.json").read_bytes())
         self.archived[job] = Archived(job, spec, outcome, folder, shown)
 
     def begin(self, job: JobId, lead: LeadJob, signed: SignedSpec) -> None:
-        """A job is led here from now on; its spec is on disk when this returns. Raises OSError."""
+        """A job is led here, and lives here alone, from now on; its spec is on disk when this returns. Raises OSError."""
+        write_record(lead.folder / ALONE, b"")
         write_record(lead.folder / "spec", codec.encode(signed))
         self.led[job] = lead
 
-    def ended(self, lead: LeadJob) -> None:
-        """Move a final job to the archive."""
-        assert lead.view.outcome is not None
-        shown = lead.describe()
+    def follow(self, job: JobId, signed: SignedSpec, spec: JobSpec, folder: Path) -> Followed:
+        """This peer holds (or is about to hold) a replica of the job's log."""
+        followed = self.followed.get(job)
+        if followed is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                if not (folder / "spec").exists():
+                    write_record(folder / "spec", codec.encode(signed))
+            except OSError as error:  # the log's own record has it, too
+                log.warning("job %s: its spec can't be written: %s", job.hex()[:8], error)
+            followed = self.followed[job] = Followed(job, spec, folder, self.me)
+        return followed
+
+    def unfollow(self, job: JobId) -> None:
+        """It holds none any more, and the job is not over: others hold it."""
+        followed = self.followed.pop(job, None)
+        if followed is not None and job not in self.archived:
+            _forget_folder(followed.folder)
+
+    def archive(self, job: JobId, spec: JobSpec, outcome: Outcome, shown: dict[str, Any]) -> None:
+        """The job is over: keep how it ended. Whoever leads or follows it here does so no more."""
+        lead, followed = self.led.pop(job, None), self.followed.pop(job, None)
+        known = self.archived.get(job)
+        if known is not None and shown.get("leader") != self.me.hex():  # who led it knows more
+            return
+        folder = self.folder / job.hex()
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            write_record(lead.folder / "shown.json", json.dumps(shown).encode())
+            if not (folder / "outcome").exists():
+                write_record(folder / "outcome", codec.encode(outcome))
+            write_record(folder / "shown.json", json.dumps(shown).encode())
         except OSError as error:  # a full disk costs what `show` tells after a restart, not this peer
-            log.warning("job %s: its summary can't be written: %s", lead.job.hex()[:8], error)
-        archived = Archived(lead.job, lead.spec, lead.view.outcome, lead.folder, shown)
-        archived.view.prints = lead.view.prints
-        self.archived[lead.job] = archived
-        self.led.pop(lead.job, None)
+            log.warning("job %s: its summary can't be written: %s", job.hex()[:8], error)
+        source = lead or followed or known
+        self.archived[job] = Archived(job, spec, outcome, folder, shown, source.view if source is not None else None)
         while len(self.archived) > ARCHIVED_MAX:
             oldest = next(iter(self.archived))
             del self.archived[oldest]
             self._forget(f"outcome:{oldest.hex()}")
             shutil.rmtree(self.folder / oldest.hex(), ignore_errors=True)
+
+    def ended(self, lead: LeadJob) -> None:
+        """Move a final job that was led here to the archive."""
+        assert lead.view.outcome is not None
+        self.archive(lead.job, lead.spec, lead.view.outcome, self._shown_by(lead))
 
     # ---- finding ----
 
@@ -119,13 +184,23 @@ class Jobs:
         """A line about each job this peer knows, newest first."""
         table: dict[JobId, dict[str, Any]] = {}
         for job, entry in self.board.entries():
-            table[job] = summary(job, entry.spec, entry.news.state, entry.leader)
+            voters = max(1, len(entry.news.mandate.voters), len(entry.spec.replicas))
+            table[job] = summary(job, entry.spec, entry.news.state, entry.leader, (), entry.news.epoch, voters)
             silent_s = trio.current_time() - entry.heard_s
             table[job]["reachable"] = not entry.live or silent_s <= limits.JOB_FORGET_S
+        for job, followed in self.followed.items():
+            heard = table.get(job)
+            table[job] = row = summary_of(followed.describe(), job, followed.spec)
+            if not row["leader"] and row["state"] not in FINAL and heard is not None:
+                row.update(leader=heard["leader"], epoch=heard["epoch"], reachable=False)
         for job, archived in self.archived.items():
-            table[job] = summary(job, archived.spec, archived.view.state, self.me, archived.shown.get("stages", ()))
+            table[job] = summary_of(archived.describe(self.me), job, archived.spec)
         for job, lead in self.led.items():
-            table[job] = summary(job, lead.spec, lead.view.state, self.me, lead.describe()["stages"])
+            if not self.left(lead):
+                table[job] = summary_of(lead.describe(), job, lead.spec)
+        for job, row in table.items():
+            known = self.board.get(job)
+            row["conflict"] = known is not None and known.conflict is not None
         return dict(sorted(table.items(), key=lambda item: -item[1]["submitted_s"]))
 
     def resolve(self, prefix: str) -> JobId:
@@ -142,149 +217,187 @@ class Jobs:
                 return JobId(bytes.fromhex(prefix))
         raise ControlError("unknown-job", f"no job {prefix!r} is known here", "list jobs with: grid jobs")
 
+    def left(self, lead: LeadJob) -> bool:
+        """The leadership is over though its place is not closed yet: others lead, or will."""
+        return bool(getattr(lead, "abandoned", False)) and lead.view.outcome is None
+
+    def stranded(self) -> tuple[list[JobId], list[JobId]]:
+        """Jobs led here that nobody can take over: on this machine's disk alone, and driven by a process of it."""
+        alone: list[JobId] = []
+        bound: list[JobId] = []
+        for job, lead in self.led.items():
+            if lead.view.outcome is not None or self.left(lead):
+                continue
+            if lead.replica is None:
+                bound.append(job)
+            elif all(peer == self.me for peer in lead.replica.voters):
+                alone.append(job)
+        return alone, bound
+
+    def holders(self, job: JobId) -> list[PeerId]:
+        """Peers that most likely have what a job left, best first."""
+        return self._asking.keepers(job)
+
     # ---- asking ----
 
-    async def ask(self, job: JobId, method: str, params: dict[str, Any]) -> tuple[Any, bytes]:
-        """Ask whoever leads or keeps the job. Raises ControlError."""
-        if job in self.led or job in self.archived:
-            return await self.answer(job, method, params)
-        entry = self.board.get(job)
-        if entry is None or self._mesh is None:
-            raise ControlError("unknown-job", f"no job {job.hex()[:12]} is known here", "list jobs with: grid jobs")
-        wait_s = float(params.get("wait_s", 0.0)) + limits.CONTROL_TIMEOUT_S
-        question = encode(Ask(method, json.dumps({**params, "job": job.hex()}).encode()))
-        name = entry.news.leader.hex()[:8]
-        try:
-            answer = decode(await self._mesh.request(entry.leader, question, wait_s))
-        except RemoteError as error:
-            message, _, hint = str(error).partition("\n")
-            raise ControlError(error.code, message, hint) from None
-        except (TransportError, codec.CodecError, trio.TooSlowError) as error:
-            hint = "if that machine is gone, submit the job again"
-            raise ControlError(
-                "leader-unreachable", f"peer {name}, which leads the job, can't be reached: {error}", hint
-            ) from None
-        if not isinstance(answer, Answer):
-            raise ControlError("protocol", f"peer {name} gave no answer")
-        return json.loads(answer.result), answer.body
+    async def ask(
+        self, job: JobId, method: str, params: dict[str, Any], check: Callable[[], None] = lambda: None
+    ) -> tuple[Any, bytes]:
+        """Ask whoever leads or keeps the job, and whoever does so next if they go. Raises ControlError.
+
+        check: called before the question is put to this peer's own leadership; raises ControlError.
+        """
+        return await self._asking.ask(job, method, params, check)
 
     async def answer(self, job: JobId, method: str, params: dict[str, Any]) -> tuple[Any, bytes]:
-        """Answer for a job led or kept here. Raises ControlError."""
-        lead = self.led.get(job)
-        archived = self.archived.get(job)
-        if lead is None and archived is None:
+        """Answer for a job led, followed or kept here. Raises ControlError.
+
+        A replica answers for its job only where the asker says so ("replica": true) or the job is over: who leads knows more.
+        """
+        lead, followed, archived = self.led.get(job), self.followed.get(job), self.archived.get(job)
+        if lead is not None and not self.left(lead):
+            return await self._answer_leading(lead, method, params)
+        if archived is not None:
+            return await self._answer_ended(job, archived.view, method, params)
+        if followed is None:
             raise ControlError("unknown-job", f"no job {job.hex()[:12]} is kept here", "list jobs with: grid jobs")
-        view = lead.view if lead is not None else archived.view if archived else None
-        assert view is not None
+        if followed.view.outcome is not None:
+            return await self._answer_ended(job, followed.view, method, params)
+        if not params.get("replica"):
+            raise ControlError("not-leader", f"this peer does not lead job {job.hex()[:12]}")
+        return await self._answer_following(followed, method, params)
+
+    async def _answer_leading(self, lead: LeadJob, method: str, params: dict[str, Any]) -> tuple[Any, bytes]:
         match method:
             case "poll":
-                answer, body = await view.poll(params)
-                if lead is not None and lead.leader is not None:
+                _check_here(lead.view, params)
+                answer, body = await lead.view.poll(params)
+                if lead.leader is not None:
                     shown = lead.describe()
                     answer["stages"], answer["peers"] = shown["stages"], sum(1 for p in shown["peers"].values() if p["executed"])
-                elif archived is not None:
-                    answer["stages"] = archived.shown.get("stages", [])
-                    answer["peers"] = len(archived.shown.get("peers", ()))
-                if answer["state"] in FINAL:
-                    answer["outcome"] = outcome_of(view.outcome)
-                return answer, body
+                answer["leader"] = self.me.hex()
+                answer["by"] = f"{self.me.hex()}:{lead.epoch}"
+                return _with_outcome(answer, lead.view), body
             case "show":
-                return (lead.describe() if lead is not None else self._show(job)), b""
+                return self._shown_by(lead), b""
             case "task_log":
-                stage, index = int(params["stage"]), int(params["index"])
-                printed = view.prints.of_task(stage, index)
-                if not printed:
-                    shown = lead.describe() if lead is not None else self._show(job)
-                    _check_task(shown.get("stages", []), stage, index)
-                return {}, printed
+                return _task_log(lead.view, lead.describe(), params)
             case "files":
-                files = view.outcome.files if view.outcome else ()
-                return [{"name": f.name, "size": f.blob.size, "blob": f.blob.id.hex(), "mode": f.mode} for f in files], b""
+                return _files(lead.view.outcome), b""
             case "cancel":
-                if lead is None:
-                    return {"state": view.state}, b""
-                lead.end(CANCELLED, None, "")
-                return {"state": CANCELLED}, b""
+                return await self._cancel(lead), b""
             case "explain":
-                return {"reasons": explain(lead) if lead is not None else []}, b""
+                return {"reasons": explain(lead)}, b""
         raise ControlError("unknown-method", f"a job has no {method!r}")
 
-    def _show(self, job: JobId) -> dict[str, Any]:
-        archived = self.archived[job]
-        shown = archived.shown
-        return describe(job, archived.spec, archived.view, 1, self.me, shown.get("stages", []), shown.get("peers", {}))
+    async def _answer_ended(self, job: JobId, view: JobView, method: str, params: dict[str, Any]) -> tuple[Any, bytes]:
+        match method:
+            case "poll":
+                _check_here(view, params)
+                answer, body = await view.poll(params)
+                shown = self._shown(job)
+                answer["stages"], answer["peers"] = shown.get("stages", []), len(shown.get("peers", ()))
+                answer["leader"] = shown.get("leader", "")
+                answer["by"] = f"{shown['leader']}:{shown['epoch']}" if shown.get("leader") == self.me.hex() else ""
+                return _with_outcome(answer, view), body
+            case "show":
+                return self._shown(job), b""
+            case "task_log":
+                if not view.prints.next and self._shown(job).get("leader") != self.me.hex():
+                    raise ControlError("not-here", "what its tasks printed is kept by the peer that led the job")
+                return _task_log(view, self._shown(job), params)
+            case "outcome":  # for a replica that was away when the job ended
+                assert view.outcome is not None
+                return self._shown(job), codec.encode(view.outcome)
+            case "files":
+                return _files(view.outcome), b""
+            case "cancel":
+                return {"state": view.state}, b""
+            case "explain":
+                return {"reasons": []}, b""
+        raise ControlError("unknown-method", f"a job has no {method!r}")
+
+    async def _answer_following(self, followed: Followed, method: str, params: dict[str, Any]) -> tuple[Any, bytes]:
+        match method:
+            case "poll":
+                if followed.replica is not None and followed.replica.empty:
+                    raise ControlError("not-here", "nothing of the job's log has reached this peer")
+                _check_here(followed.view, params)
+                answer, body = await followed.view.poll({**params, "print": -1, "seen": followed.view.version})
+                answer |= {"state": followed.state, "print_next": params.get("print", -1), "leader": "", "by": ""}
+                answer["final"] = answer["final"] and followed.view.outcome is not None
+                return _with_outcome(answer, followed.view), body
+            case "show":
+                return self._shown(followed.job), b""
+            case "explain":
+                return {"reasons": leaderless(self.why_leaderless(followed.job), followed.chronicle)}, b""
+            case "files":
+                return [], b""
+        raise ControlError("not-leader", f"only the leader of job {followed.job.hex()[:12]} can do that")
+
+    async def _cancel(self, lead: LeadJob) -> dict[str, Any]:
+        """Returns once the job is over: what is not final yet a later leader might not know."""
+        lead.end(CANCELLED, None, "")
+        with trio.move_on_after(CANCEL_S):
+            while lead.view.outcome is None:
+                if self.left(lead):
+                    raise ControlError("not-leader", "the job got another leader")
+                with trio.move_on_after(limits.HEARTBEAT_S):
+                    await lead.view.bell.wait()
+        if lead.view.outcome is None:
+            hint = "its replicas can't be reached: see grid explain, and try again"
+            raise ControlError("not-final", "the job can't be cancelled now", hint)
+        return {"state": lead.view.state}
+
+    # ---- telling ----
+
+    def _shown_by(self, lead: LeadJob) -> dict[str, Any]:
+        branch = lead.replica.branch.name if lead.replica is not None else b""
+        return with_branches(lead.describe(), branch, self.board.get(lead.job))
+
+    def _shown(self, job: JobId) -> dict[str, Any]:
+        """`grid show` of a job that is not led here."""
+        entry = self.board.get(job)
+        archived = self.archived.get(job)
+        if archived is not None:
+            return with_branches(archived.describe(self.me), archived.branch, entry)
+        followed = self.followed[job]
+        return with_branches(followed.describe(), followed.branch, entry)
 
 
-def summary(job: JobId, spec: JobSpec, state: str, leader: PeerId, stages: Any = ()) -> dict[str, Any]:
-    """One job in a list."""
-    return {
-        "id": job.hex(),
-        "name": spec.name,
-        "owner": spec.owner.hex(),
-        "owner_name": spec.owner_name,
-        "state": state,
-        "leader": leader.hex(),
-        "done": sum(stage["done"] for stage in stages),
-        "total": sum(stage["total"] for stage in stages),
-        "failed": sum(stage["failed"] for stage in stages),
-        "submitted_s": spec.created_s,
-        "reachable": True,  # False: nothing was heard of its leader for a while
-    }
+def _with_outcome(answer: dict[str, Any], view: JobView) -> dict[str, Any]:
+    if answer["state"] in FINAL:
+        answer["outcome"] = outcome_of(view.outcome)
+    return answer
 
 
-def _check_task(stages: list[dict[str, Any]], stage: int, index: int) -> None:
+def _check_here(view: JobView, params: dict[str, Any]) -> None:
+    """Raises ControlError when there are bytes at one of these positions which are not on this peer."""
+    logs = ((view.stdout, params.get("stdout", -1)), (view.stderr, params.get("stderr", -1)))
+    if any(0 <= at < each.length and not each.readable(at) for each, at in logs):
+        raise ControlError("not-here", "no peer that answers has that part of the job's output")
+
+
+def _files(outcome: Outcome | None) -> list[dict[str, Any]]:
+    files = outcome.files if outcome else ()
+    return [{"name": f.name, "size": f.blob.size, "blob": f.blob.id.hex(), "mode": f.mode} for f in files]
+
+
+def _task_log(view: JobView, shown: dict[str, Any], params: dict[str, Any]) -> tuple[Any, bytes]:
     """Raises ControlError unless the job has this task."""
-    found = next((each for each in stages if each["index"] == stage), None)
+    stage, index = int(params["stage"]), int(params["index"])
+    printed = view.prints.of_task(stage, index)
+    if printed:
+        return {}, printed
+    found = next((each for each in shown.get("stages", []) if each["index"] == stage), None)
     if found is None or index >= found["total"]:
         what = f"no stage {stage}" if found is None else f"no task {stage}:{index}, the stage has {found['total']}"
         raise ControlError("unknown-task", f"the job has {what}", "list its stages with: grid show JOB")
+    return {}, b""
 
 
-def outcome_of(outcome: Outcome | None) -> dict[str, Any]:
-    """An outcome for programs."""
-    if outcome is None:
-        return {"state": "running", "exit_code": None, "signal": None, "error": None}
-    error = {"code": outcome.code or "failed", "message": outcome.error, "hint": ""} if outcome.error else None
-    return {
-        "state": outcome.state,
-        "exit_code": outcome.exit_code,
-        "signal": outcome.signal or None,
-        "error": error,
-        "recovered": outcome.recovered,
-    }
-
-
-def explain(lead: LeadJob) -> list[dict[str, Any]]:
-    """Why tasks of a job wait."""
-    reasons: list[dict[str, Any]] = []
-    if lead.leader is None or lead.place is None:
-        text = "the job is being set up: its environment is built, its inputs are read"
-        return [{"code": "starting", "text": text, "tasks": 0}]
-    site = lead.place.site
-    queued = site.deque.total
-    if lead.leader.unsettled == 0:
-        return [{"code": "driver", "text": "no task waits: the script itself is running", "tasks": 0}]
-    running = sum(ticket.hi - ticket.at for worker in site.workers for ticket in worker.tickets.values())
-    if running:
-        reasons.append({"code": "running", "text": "tasks run on the leader's peer", "tasks": running})
-    elsewhere = lead.leader.unsettled - queued - running
-    if elsewhere > 0:
-        count = len(lead.leader.claims.peers())
-        text = f"tasks are held by {count} other peer{'s' * (count != 1)}"
-        reasons.append({"code": "elsewhere", "text": text, "tasks": elsewhere})
-    for stage in site.deque.stages():
-        tags = site.stages[stage].options.tags
-        if not site.workshop.tags.issuperset(tags):
-            text = f"stage {stage} needs a peer tagged {' '.join(tags)}, which the leader's peer is not"
-            reasons.append({"code": "no-tag", "text": text, "tasks": site.deque.count(stage)})
-            queued -= site.deque.count(stage)
-    if queued > 0:
-        if site.workshop.slots:  # a task that wants more than there are takes them all
-            reasons.append({"code": "no-free-slot", "text": "tasks wait for a free slot", "tasks": queued})
-        else:
-            text = "tasks wait for other peers to take them: the leader's peer runs none"
-            reasons.append({"code": "no-slot", "text": text, "tasks": queued})
-    if lead.outreach is not None:
-        for peer, reason in list(lead.outreach.reasons.items())[:EXPLAIN_PEERS]:
-            reasons.append({"code": "peer", "text": f"peer {peer.hex()[:8]} can't run it: {reason}", "tasks": 0})
-    return reasons
+def _forget_folder(folder: Path) -> None:
+    (folder / "spec").unlink(missing_ok=True)
+    for name in ("stdout", "stderr"):
+        (folder / name).unlink(missing_ok=True)
+    clean(folder)

@@ -6,7 +6,10 @@ so a follower survives the loss of its peer's connection. Rules: logs and prints
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
+import os
 from collections import deque
 from itertools import islice
 from pathlib import Path
@@ -18,6 +21,7 @@ from dht.core.identity import PeerId
 from grid.bell import Bell
 from grid.core import limits
 from grid.core.job import FINAL, PENDING, Outcome
+from grid.core.ranges import RangeSet
 
 CHUNK_BYTES_MAX = 256 << 10
 """Bytes of one answer."""
@@ -28,11 +32,32 @@ PROGRESS_S = 0.2
 
 
 class JobLog:
-    """An append-only file of output."""
+    """An append-only file of output. Parts of it may be missing: what a replica did not see, or a crash took."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.length = path.stat().st_size if path.exists() else 0
+        self._sidecar = path.with_name(path.name + ".missing")
+        self._missing = self._load_missing()
+        self._unsynced = self.length > 0
+
+    def _load_missing(self) -> RangeSet:
+        try:
+            return RangeSet((int(lo), int(hi)) for lo, hi in json.loads(self._sidecar.read_bytes()))
+        except FileNotFoundError:
+            return RangeSet()
+        except (OSError, ValueError, TypeError):  # unreadable: better ask others for all of it than show what isn't so
+            return RangeSet([(0, self.length)] if self.length else [])
+
+    def _save_missing(self) -> None:
+        """For the next start. On a full disk it stays unsaved: what the file lacks at its end is missing anyway."""
+        with contextlib.suppress(OSError):
+            if self._missing:
+                new = self._sidecar.with_name(self._sidecar.name + ".new")
+                new.write_text(json.dumps(list(self._missing)))
+                os.replace(new, self._sidecar)
+            else:
+                self._sidecar.unlink(missing_ok=True)
 
     def append(self, data: bytes) -> None:
         """Raises OSError: the disk is full, or this would be more than a log may hold. Nothing was written then."""
@@ -40,15 +65,52 @@ class JobLog:
             raise OSError(errno.EFBIG, f"it is more than {limits.LOG_BYTES_MAX >> 20} MiB")
         with self.path.open("ab") as file:
             file.write(data)
+        self._unsynced = True
         self.length += len(data)
 
     def read(self, at: int, size: int) -> bytes:
-        """Up to `size` bytes from position `at`."""
-        if at >= self.length or at < 0:
+        """Up to `size` bytes from position `at`, none beyond the first that is missing."""
+        end = min(at + size, self.length)
+        for lo, _ in self._missing.intersect(at, end) if 0 <= at < end else ():
+            end = min(end, lo)
+        if at >= end or at < 0:
             return b""
         with self.path.open("rb") as file:
             file.seek(at)
-            return file.read(min(size, self.length - at))
+            return file.read(end - at)
+
+    def write_at(self, at: int, data: bytes) -> None:
+        """Bytes whose place is known: again, or after a gap. Raises OSError."""
+        self.expect(at)
+        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+            file.seek(at)
+            file.write(data)
+        self._unsynced = True
+        if self._missing.remove(at, at + len(data)):
+            self._save_missing()
+        self.length = max(self.length, at + len(data))
+
+    def expect(self, length: int) -> None:
+        """It has this many bytes at least: those that are not here are missing."""
+        if length > self.length:
+            self._missing.add(self.length, length)
+            self._save_missing()
+            self.length = length
+
+    def readable(self, at: int) -> bool:
+        """Whether `read` from there returns something."""
+        return 0 <= at < self.length and at not in self._missing
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Ranges of bytes that are not here."""
+        return list(self._missing)
+
+    def sync(self) -> None:
+        """Have what was written on the disk. Raises OSError."""
+        if self._unsynced:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+            self._unsynced = False
 
 
 class Prints:
@@ -91,6 +153,7 @@ class JobView:
         if clear:
             for name in ("stdout", "stderr"):
                 (folder / name).unlink(missing_ok=True)
+                (folder / f"{name}.missing").unlink(missing_ok=True)
         self.stdout = JobLog(folder / "stdout")
         self.stderr = JobLog(folder / "stderr")
         self.prints = Prints()
@@ -105,9 +168,23 @@ class JobView:
         self.bell.ring()
 
     def write(self, fd: int, data: bytes) -> None:
-        """The driver wrote to its stdout (1) or stderr (2)."""
-        (self.stdout if fd == 1 else self.stderr).append(data)
+        """The driver wrote to its stdout (1) or stderr (2). Raises OSError."""
+        self.log(fd).append(data)
         self.bell.ring()
+
+    def write_at(self, fd: int, at: int, data: bytes) -> None:
+        """As `write`, of a replicated job. Raises OSError."""
+        self.log(fd).write_at(at, data)
+        self.bell.ring()
+
+    def sync(self) -> None:
+        """Have the output on the disk. Raises OSError."""
+        self.stdout.sync()
+        self.stderr.sync()
+
+    def log(self, fd: int) -> JobLog:
+        """Of stdout (1) or stderr (2)."""
+        return self.stdout if fd == 1 else self.stderr
 
     def finish(self, outcome: Outcome) -> None:
         """The job is over."""
@@ -118,8 +195,8 @@ class JobView:
 
     def _news(self, params: dict[str, Any]) -> bool:
         return bool(
-            0 <= params.get("stdout", -1) < self.stdout.length
-            or 0 <= params.get("stderr", -1) < self.stderr.length
+            self.stdout.readable(params.get("stdout", -1))
+            or self.stderr.readable(params.get("stderr", -1))
             or 0 <= params.get("print", -1) < self.prints.next
         )
 

@@ -10,8 +10,11 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from dht.core.identity import PeerId
 from grid import body as bodies
@@ -19,7 +22,7 @@ from grid.api import wire
 from grid.bell import Bell
 from grid.body import Body, FileSlice
 from grid.core import limits
-from grid.core.bundle import StageOptions
+from grid.core.bundle import StageOptions, segment_name
 from grid.core.deque import DequeFull, Work
 from grid.core.errors import RefusedError
 from grid.core.job import JobId
@@ -28,9 +31,17 @@ from grid.core.liveness import Claims
 from grid.core.ranges import RangeSet
 from grid.core.segments import Segment
 from grid.producer import Item, Producer
+from grid.recorder import Recorder
 from grid.site import Site
 from grid.siteworker import SiteWorker
 
+if TYPE_CHECKING:
+    from grid.core.facts import Stored
+    from grid.replaying import Replaying
+    from grid.speculating import Speculator
+
+DIGEST_THREADS_BYTES = 1 << 20
+"""A segment from this size on is hashed on all cores."""
 OVERFLOW_RANGES_MIN = 1024
 """Ranges in the deque below which what did not fit into it moves in."""
 
@@ -57,12 +68,17 @@ class Leader:
         spool: bodies.Spool,
         printed: Callable[[PeerId, int, int, int, bytes], None],
         worked: Callable[[], None] = lambda: None,
+        recorder: Recorder | None = None,
+        next_stage: int = 0,
     ) -> None:
+        self.recorder = recorder or Recorder()
+        self.replaying: Replaying | None = None
+        self.speculator: Speculator | None = None
         self.job = job
         self.me = me
         self.defaults = defaults
         self.spool = spool
-        self.ledger = Ledger()
+        self.ledger = Ledger(next_stage)
         self.claims = Claims()
         self.tallies: dict[PeerId, PeerTally] = {me: PeerTally()}
         self.argument_bytes = 0
@@ -77,6 +93,7 @@ class Leader:
         self.cancelled_listeners: list[Callable[[int, int, int], None]] = []
         self.throttled: set[Producer] = set()
         self.giving: list[Work] = []
+        self.declared_listeners: list[Callable[[int], None]] = []
 
     def changed(self) -> None:
         """Progress for whoever watches."""
@@ -93,9 +110,11 @@ class Leader:
         options: StageOptions,
         parent: tuple[int, int] | None,
         occurrence: int,
+        first: tuple[int, bytes] | None = None,
     ) -> StageState:
-        """Called by the producer."""
+        """Called by the producer. first: (count, digest) of the stage's first segment, where a replay needs it."""
         digest, body, _ = function
+        index = self.replaying.open(digest, name, ordered, parent, options, first) if self.replaying else None
         stage = self.ledger.open_stage(
             name=name,
             ordered=ordered,
@@ -104,27 +123,55 @@ class Leader:
             function_size=bodies.size_of(body),
             parent=parent,
             occurrence=occurrence,
+            index=index,
         )
+        if index is None:
+            self.recorder.stage(stage)
+            if self.replaying is not None:
+                self.replaying.opened(stage)
         self.functions.setdefault(digest, body)
         self._owners[stage.index] = producer
         self.site.add_stage(stage.index, options, self.site.add_function(digest, body))
         self.changed()
         return stage
 
-    def add_page(self, stage: StageState, first: int, pieces: list[tuple[int, int, tuple[bytes, ...]]], body: Body) -> None:
-        """Declare a page's tasks and queue them."""
+    def digests(self, lengths: Sequence[int], body: Body) -> list[bytes]:
+        """BLAKE3 of each segment of a page; nothing when nobody will ask for it."""
+        if not self.recorder.keeps:
+            return []
+        if len(lengths) == 1:
+            return [bodies.hash_of(body)]
+        data = memoryview(bodies.read(body))
+        found: list[bytes] = []
+        at = 0
+        for length in lengths:
+            threads = blake3.AUTO if length >= DIGEST_THREADS_BYTES else 1
+            found.append(blake3(data[at : at + length], max_threads=threads).digest())
+            at += length
+        return found
+
+    def add_page(
+        self,
+        stage: StageState,
+        first: int,
+        pieces: list[tuple[int, int, tuple[bytes, ...]]],
+        body: Body,
+        digests: list[bytes],
+    ) -> None:
+        """Declare a page's tasks and queue them. digests: what `digests` returned for it."""
         lo, hi = self.ledger.add_segments(stage.index, first, pieces)
         if lo == hi or stage.cancelled:
             bodies.release(body)
             return
         total = bodies.size_of(body)
+        data = body if isinstance(body, bytes) else None
         if isinstance(body, bytes) and self._argument_memory + total > limits.ARGUMENT_MEMORY_BYTES_MAX:
             body = FileSlice(self.spool.write("page", body), 0, total)
         offset = 0
         if isinstance(body, FileSlice):
             body.file.owners = len(pieces)
         at = lo
-        for count, length, refs in pieces:
+        for number, (count, length, refs) in enumerate(pieces):
             piece: Body
             if isinstance(body, FileSlice):
                 piece = FileSlice(body.file, body.offset + offset, length)
@@ -132,11 +179,39 @@ class Leader:
                 piece = body if length == total else body[offset : offset + length]
                 self._argument_memory += length
             self.argument_bytes += length
-            self.site.hold(stage.index, Segment(at, count, length, refs), piece)
+            digest = digests[number] if digests else b""
+            blob = digest if length <= limits.SEGMENT_INLINE_BYTES else b""
+            self.site.hold(stage.index, Segment(at, count, length, refs), piece, blob, digest=digest)
             at += count
             offset += length
-        self._push(Work(stage.index, lo, hi), head=stage.parent is not None)
+        works = [Work(stage.index, lo, hi)]
+        if digests:
+            works = self._record(stage, lo, [(count, length) for count, length, _ in pieces], digests, data)
+        for work in works:
+            self._push(work, head=stage.parent is not None)
         self._worked()
+        self.changed()
+
+    def _record(
+        self, stage: StageState, lo: int, pieces: list[tuple[int, int]], digests: list[bytes], data: bytes | None
+    ) -> list[Work]:
+        """Tell the log of a page; returns what of it must run."""
+        table = [(count, size, digest) for (count, size), digest in zip(pieces, digests, strict=True)]
+        if self.replaying is not None:
+            works = self.replaying.declare(stage, lo, table, data)
+        else:
+            self.recorder.segments(stage.index, lo, table, data)
+            works = [Work(stage.index, lo, stage.declared)]
+        for listener in self.declared_listeners:
+            listener(stage.index)  # results that came before their tasks were declared settle some of them
+        return [Work(stage.index, *part) for work in works for part in stage.settled.gaps(work.lo, work.hi)]
+
+    def close_stage(self, stage: StageState, total: int) -> None:
+        """No task follows. Raises RefusedError."""
+        known = stage.total
+        self.ledger.close_stage(stage.index, total)
+        if known is None and not (self.replaying is not None and self.replaying.is_closed(stage.index, total)):
+            self.recorder.closed(stage.index, total)
         self.changed()
 
     def _push(self, work: Work, head: bool = False) -> None:
@@ -159,7 +234,7 @@ class Leader:
 
     def result(self, stage: int, lo: int, hi: int, body: Body, elapsed_us: int) -> None:
         """See `Uplink.result`."""
-        self.complete(self.me, stage, self.ledger.stage(stage).function, lo, hi, lo, body)
+        self.complete(self.me, stage, self.ledger.stage(stage).function, lo, hi, lo, body, elapsed_us)
 
     def failure(self, stage: int, failure: wire.Failed, exception: bytes) -> None:
         """See `Uplink.failure`."""
@@ -213,12 +288,34 @@ class Leader:
             self.close_child(key)
         return keys
 
-    def complete(self, peer: PeerId, index: int, function: bytes, lo: int, hi: int, first: int, body: Body) -> int:
+    def check_segment(self, index: int, task: int, name: bytes) -> None:
+        """Raises RefusedError when the task's arguments are declared, and not as the segment of this name."""
+        segment = self.ledger.stage(index).segments.at(task)
+        held = self.site.stages[index].held.get(segment.first) if segment is not None else None
+        if segment is None or held is None or not held.digest:
+            return
+        if segment_name(segment.first, held.digest) != name:
+            raise RefusedError(f"task {task} of stage {index} has other arguments in this epoch")
+
+    def complete(
+        self,
+        peer: PeerId,
+        index: int,
+        function: bytes,
+        lo: int,
+        hi: int,
+        first: int,
+        body: Body,
+        elapsed_us: int = 0,
+        stored: Stored | None = None,
+    ) -> int:
         """A peer finished tasks [lo, hi). Returns how many of them were new. Raises RefusedError."""
         stage = self.ledger.stage(index)
         new = self.ledger.complete(index, function, lo, hi)
         tally = self.tallies.setdefault(peer, PeerTally())
         tally.executed += hi - lo
+        if self.speculator is not None:
+            self.speculator.finished(peer, index, hi - lo, elapsed_us)
         if not new:
             bodies.release(body)
             return 0
@@ -226,12 +323,54 @@ class Leader:
             body.file.owners += len(new) - 1
         count = 0
         for a, b in new:
-            self._owners[index].settle(stage, a, b, Item(body, first))
+            share_us = elapsed_us * (b - a) // (hi - lo)
+            self.recorder.done(stage, a, b, first, body, peer, share_us, stored)
+        for a, b in new:
+            self._owners[index].settle(stage, a, b, Item(body, a - first))
             count += b - a
-            self._settled(stage, a, b, elsewhere=peer != self.me)
+            self._settled(stage, a, b, elsewhere=peer != self.me, by=peer)
         tally.done += count
         self.changed()
         return count
+
+    def recorded(self, stage: StageState, lo: int, hi: int, skip: int, body: Body, peer: bytes) -> None:
+        """Tasks [lo, hi) were done in an earlier epoch: their results are the body's values after the first `skip`."""
+        new = self.ledger.complete(stage.index, stage.function, lo, hi)
+        if not new:
+            bodies.release(body)
+            return
+        if isinstance(body, FileSlice):
+            body.file.owners += len(new) - 1
+        for a, b in new:
+            self.tallies.setdefault(PeerId(peer), PeerTally()).done += b - a
+            self._owners[stage.index].settle(stage, a, b, Item(body, skip + a - lo))
+            self._settled(stage, a, b, elsewhere=True)
+        self.changed()
+
+    def recorded_failure(self, stage: StageState, failure: wire.Failed, exception: bytes) -> None:
+        """The task failed for good in an earlier epoch."""
+        index = failure.index
+        if index in stage.settled:
+            return
+        stage.settled.add(index, index + 1)
+        stage.failed += 1
+        self._owners[stage.index].settle(stage, index, index + 1, Item(None, 0, failure, exception))
+        self._settled(stage, index, index + 1, elsewhere=True)
+        self.changed()
+
+    def compare(self, number: int, stage: StageState, first: int, count: int, old: bytes, new: bytes) -> bool:
+        """Have the stage's child compare two segments; False: it can't."""
+        return self._owners[stage.index].compare(number, stage.index, first, count, old, new)
+
+    def deliver(self, index: int, lo: int, hi: int, item: Item) -> None:
+        """What waited for its turn goes to its child."""
+        self._owners[index].deliver(index, lo, hi, item)
+
+    def run_again(self, work: Work, first: bool = True) -> None:
+        """Queue what of a range is not settled; first: before all else."""
+        for part in self.ledger.stage(work.stage).settled.gaps(work.lo, work.hi):
+            self._push(Work(work.stage, *part), head=first)
+        self._worked()
 
     def fail(self, peer: PeerId, index: int, function: bytes, failure: wire.Failed, exception: bytes) -> None:
         """A task failed on a peer: run it again, or tell its producer. Raises RefusedError."""
@@ -244,23 +383,31 @@ class Leader:
             self.site.stages[index].attempts[failure.index] = self.ledger.attempt(index, failure.index)
             self._push(Work(index, failure.index, failure.index + 1), head=True)
             return
+        self.recorder.failed(index, failure, exception, peer)
         self._owners[index].settle(stage, failure.index, failure.index + 1, Item(None, 0, failure, exception))
         self._settled(stage, failure.index, failure.index + 1, elsewhere=peer != self.me)
         self.changed()
 
-    def cancel(self, index: int, lo: int, hi: int) -> None:
-        """Tasks [lo, hi) (hi = -1: all) are no longer wanted."""
+    def cancel(self, index: int, lo: int, hi: int, record: bool = False) -> None:
+        """Tasks [lo, hi) (hi = -1: all) are no longer wanted; record: because the script said so."""
         stage = self.ledger.stage(index)
+        if record:
+            self.recorder.cancelled(index, lo, hi)
         for a, b in self.ledger.cancel(index, lo, hi):
             for listener in self.cancelled_listeners:
                 listener(index, a, b)
             self._owners[index].settle(stage, a, b, Item())
             self._settled(stage, a, b, elsewhere=True)
+        if self.replaying is not None and record:
+            for number, a, b, item in self.replaying.strike(index, lo, hi):
+                self.deliver(number, a, b, item)
         self.changed()
 
-    def _settled(self, stage: StageState, lo: int, hi: int, elsewhere: bool) -> None:
+    def _settled(self, stage: StageState, lo: int, hi: int, elsewhere: bool, by: PeerId | None = None) -> None:
         if elsewhere:
             self.site.drop(stage.index, lo, hi)
+        if self.speculator is not None:
+            self.speculator.settled(stage.index, lo, hi, by)
         self.claims.settle(stage.index, lo, hi)
         table = self.site.stages[stage.index].held
         for segment in stage.segments.overlapping(lo, hi):
@@ -285,8 +432,11 @@ class Leader:
         """Once a heartbeat: requeue what nobody claims any more; returns it."""
         missing = {stage.index: self.ledger.missing(stage.index) for stage in self.ledger.stages if stage.unsettled}
         own = self.site.held()
-        for work in [*self._overflow, *self.giving]:
+        for work in [*self._overflow, *self.giving, *(self.replaying.held() if self.replaying else ())]:
             own.setdefault(work.stage, RangeSet()).add(work.lo, work.hi)
+        if self.replaying is not None:
+            for late in self.replaying.sweep():
+                self.deliver(*late)
         requeued = [Work(*lost) for lost in self.claims.sweep(missing, own, now_s)]
         for work in requeued:
             self._push(work, head=True)
@@ -315,4 +465,4 @@ def post_body(spool: bodies.Spool, post: Callable[[wire.ToChild, bytes], None], 
     else:
         path = spool.as_file(body)
         bodies.release(body)
-    post(wire.Result(message.stage, message.lo, message.hi, path, message.first), b"")
+    post(wire.Result(message.stage, message.lo, message.hi, path, message.skip), b"")

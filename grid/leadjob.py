@@ -8,23 +8,27 @@ this peer (pipes), so that what is shown is what is kept.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 
 from dht.core import codec
-from dht.core.identity import PeerId
+from dht.core.codec import CodecError
+from dht.core.identity import BadSignature, PeerId
 from grid import body as bodies
 from grid.api import wire
 from grid.body import Body
 from grid.core import limits
 from grid.core.bundle import StageOptions
-from grid.core.errors import GridError, RefusedError, in_one_line
+from grid.core.errors import GridError, NotLeadingError, RefusedError, in_one_line
 from grid.core.job import (
     CANCELLED,
     FAILED,
@@ -37,17 +41,27 @@ from grid.core.job import (
     OutputFile,
     transition,
 )
+from grid.core.output import Replayed
+from grid.describing import describe
 from grid.jobdata import JobData
 from grid.jobplace import JobPlace, Services, open_place
 from grid.jobview import JobView
 from grid.leader import Leader
 from grid.producer import Producer
+from grid.recorder import LogRecorder
 
 if TYPE_CHECKING:
+    from grid.core.messages import Message
+    from grid.keeping import Keeper
     from grid.outreach import Outreach
+    from grid.replica import Replica
     from grid.worker.pool import Child
 
 PIPE_BYTES = 64 << 10
+OUTCOME_COPIES_S = 120.0
+"""For a majority to hold the files that the driver left; after it the job ends with what copies there are."""
+EARLY_MESSAGES_MAX = 10_000
+"""Held while a job's place opens (up to seconds, where an environment has to be built); what is lost is sent again."""
 OUTPUT_LINGER_S = 2.0
 """For output after the driver's end: a process that it left behind may hold its pipes open for ever."""
 EXIT_TIMEOUT = 124
@@ -66,13 +80,24 @@ class LeadJob:
         services: Services,
         reach: Callable[[LeadJob, JobPlace, trio.Nursery], Outreach | None] = lambda lead, place, nursery: None,
         epoch: int = 1,
+        replica: Replica | None = None,
+        view: JobView | None = None,
     ) -> None:
+        """replica: this peer's, which leads the job's log in `epoch`; None: the job is nowhere but here."""
         self.job = job
         self.spec = spec
         self.epoch = epoch
+        self.replica = replica
+        self.keeper: Keeper | None = None
+        self.abandoned = False
+        self.ended = trio.Event()
+        """Set by whoever applies the log: the outcome is final and the view knows it."""
+        self.early: deque[tuple[PeerId, Message]] = deque()
+        """What came before the job's place was open; first of all, what this peer had finished for the leader before."""
+        self._told: set[str] = set()
         self.folder = services.jobs / job.hex()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.view = JobView(self.folder, clear=True)
+        self.view = view or JobView(self.folder, clear=True)
         self.outreach: Outreach | None = None
         self.place: JobPlace | None = None
         self.leader: Leader | None = None
@@ -81,12 +106,14 @@ class LeadJob:
         self._scope = trio.CancelScope()
         self._ending: tuple[str, int | None, str, str] | None = None
         self._driver: Child | None = None
+        self._recorder: LogRecorder | None = None
+        self._last = trio.CancelScope(shield=True)  # around what must be said before the end, whoever ends the rest
         self.news: Callable[[], None] = lambda: None
 
     # ---- life ----
 
     async def run(self) -> None:
-        """Lead the job to its outcome."""
+        """Lead the job to its outcome, or until it is another's to lead: then nothing is told."""
         outcome = Outcome(FAILED, None, "the peer that led the job stopped")
         try:
             with self._scope:
@@ -94,8 +121,20 @@ class LeadJob:
         except Exception as error:  # a fault of ours or of the disk is the job's outcome, not the peer's end
             log.exception("job %s", self.job.hex()[:8])
             outcome = Outcome(FAILED, None, in_one_line(error))
-        finally:
-            self._finish(outcome)
+        except BaseException:
+            if self.replica is None:
+                self._finish(outcome)
+            raise
+        if not self.abandoned:
+            await self._settle(outcome)
+
+    def abandon(self) -> None:
+        """The job's log is not led here any more: stop at once, say nothing."""
+        self.abandoned = True
+        if self._recorder is not None:
+            self._recorder.lose()
+        self._scope.cancel()
+        self._last.cancel()
 
     def end(self, state: str, exit_code: int | None, why: str, code: str = "failed") -> None:
         """End the job now: cancelled by its owner, over its time, or broken."""
@@ -109,32 +148,38 @@ class LeadJob:
         try:
             outcome = await self._drive(place, leader, nursery)
         except trio.Cancelled:
-            if self._ending is None:
+            if self._ending is None or self.abandoned or self._ending[3] == "disk":  # which the place's end gives room again
                 raise
-            self._finish(outcome)
+            await self._settle(outcome)
             raise
-        self._finish(outcome)
+        await self._settle(outcome)
         return outcome
+
+    async def _settle(self, outcome: Outcome) -> None:
+        """Make it the job's outcome, for good: on this disk, or on a majority's. The first call counts."""
+        recorder = self._recorder
+        if self.replica is None:
+            self._finish(outcome)
+        elif self.view.outcome is None and not self._last.cancel_called:
+            with self._last:
+                if recorder is None:  # it ended before its place was open
+                    recorder = LogRecorder(
+                        self.job, self._services.me, self.replica, self._services.store, bodies.Spool(self.folder / "spool")
+                    )
+                outcome = self._final(outcome, recorder.length)
+                if self.keeper is not None and outcome.files:
+                    files = {bytes(file.blob.id): file.blob.size for file in outcome.files}
+                    await self.keeper.durable(files, self.replica.voters, OUTCOME_COPIES_S)
+                with contextlib.suppress(NotLeadingError):
+                    await recorder.end(codec.encode(outcome), json.dumps(self.describe()).encode())
+                    await self.ended.wait()
 
     def _finish(self, outcome: Outcome) -> None:
         """Write the outcome and tell it. The first call counts."""
         view = self.view
         if view.outcome is not None:
             return
-        if self._ending is not None:
-            state, exit_code, why, code = self._ending
-            outcome = Outcome(state, exit_code, why, files=outcome.files, code=code)
-        outcome = Outcome(
-            transition(view.state, outcome.state),
-            outcome.exit_code,
-            outcome.error,
-            time.time(),
-            outcome.files,
-            view.stdout.length,
-            view.stderr.length,
-            signal=outcome.signal,
-            code=outcome.code or ("failed" if outcome.error else ""),
-        )
+        outcome = self._final(outcome, {1: view.stdout.length, 2: view.stderr.length})
         try:
             write_record(self.folder / "outcome", codec.encode(outcome))
         except OSError as error:  # what can't be kept must not be told: after a restart it would read otherwise
@@ -142,6 +187,33 @@ class LeadJob:
             outcome = Outcome(FAILED, None, why, outcome.ended_s, (), outcome.stdout_bytes, outcome.stderr_bytes, code="disk")
         view.finish(outcome)
         self.news()
+
+    def disk_failed(self, error: OSError) -> None:
+        """This machine's disk takes no more of the job's output."""
+        self.end(FAILED, None, f"the job's output can't be kept: {error.strerror or error}", "disk")
+
+    def _final(self, outcome: Outcome, length: Mapping[int, int]) -> Outcome:
+        if self._ending is not None:
+            state, exit_code, why, code = self._ending
+            files = outcome.files
+            if code == "disk":  # what the script left would only keep it full
+                self._services.store.unpin(f"outcome:{self.job.hex()}")
+                for file in files:
+                    self._services.store.discard(file.blob.id)  # type: ignore[arg-type]
+                files = ()
+            outcome = Outcome(state, exit_code, why, files=files, code=code)
+        return Outcome(
+            transition(self.view.state, outcome.state),
+            outcome.exit_code,
+            outcome.error,
+            time.time(),
+            outcome.files,
+            length[1],
+            length[2],
+            recovered=self.replica is not None and bool(self.replica.branch.name),
+            signal=outcome.signal,
+            code=outcome.code or ("failed" if outcome.error else ""),
+        )
 
     async def _run(self) -> Outcome:
         spec = self.spec
@@ -152,23 +224,34 @@ class LeadJob:
             spec.options.memory_bytes,
             spec.options.tags,
         )
+        recorded = self.replica.chronicle if self.replica is not None else None
         leader = self.leader = Leader(
-            self.job, self._services.me, defaults, bodies.Spool(self.folder / "spool"), self._printed, self._worked
+            self.job,
+            self._services.me,
+            defaults,
+            bodies.Spool(self.folder / "spool"),
+            self._printed,
+            self._worked,
+            next_stage=recorded.next_stage if recorded is not None else 0,
         )
         async with trio.open_nursery() as nursery:
             try:
-                data = JobData(self.job, self._services.store, self._services.fetcher, self._find)
+                data = JobData(self.job, self._services.store, self._services.fetcher, self.find)
                 async with open_place(self.job, spec, self._services, leader, data, self.epoch, nursery) as place:
                     leader.site = place.site
                     leader.spool = place.spool
                     self.place = place
+                    if self.replica is not None:
+                        self._record(self.replica, leader, place, nursery)
                     self.outreach = self._reach(self, place, nursery)
                     if self.outreach is not None:
                         nursery.start_soon(self.outreach.run)
+                        nursery.start_soon(self._take_early, self.outreach)
                     else:
                         nursery.start_soon(self._sweep)
                     nursery.start_soon(self._tell_progress)
-                    self.view.state = transition(self.view.state, RUNNING)
+                    if self.view.state != RUNNING:
+                        self.view.state = transition(self.view.state, RUNNING)
                     self.view.changed()
                     self.news()
                     return await self._conclude(place, leader, nursery)
@@ -181,8 +264,52 @@ class LeadJob:
             finally:
                 nursery.cancel_scope.cancel()
 
-    async def _find(self, blob: bytes) -> list[PeerId]:
-        return self.outreach.holders(blob) if self.outreach is not None else []
+    def _record(self, replica: Replica, leader: Leader, place: JobPlace, nursery: trio.Nursery) -> None:
+        """Have the log told what happens; and what it says already happen again."""
+        keeper = self.keeper
+        recorder = self._recorder = LogRecorder(
+            self.job, self._services.me, replica, self._services.store, place.spool, keeper.made if keeper is not None else None
+        )
+        leader.recorder = recorder
+        nursery.start_soon(recorder.run)
+        if replica.chronicle.stages:
+            from grid.replaying import Replaying
+
+            leader.replaying = Replaying(replica.chronicle, leader, recorder, keeper, nursery, self.tell)
+            cuts = place.spool.path("cuts")
+            leader.replaying.write_cuts(cuts, replica.chronicle)
+            place.setup = msgspec.structs.replace(place.setup, replay=cuts)
+
+    def hold(self, peer: PeerId, message: Message) -> None:
+        """A message for a leadership whose place is not open yet: helpers of an earlier one report at once."""
+        if len(self.early) < EARLY_MESSAGES_MAX:
+            self.early.append((peer, message))
+
+    async def _take_early(self, outreach: Outreach) -> None:
+        while self.early:
+            peer, message = self.early.popleft()
+            try:
+                await outreach.handle(peer, message)
+            except (GridError, BadSignature, CodecError) as error:
+                log.debug("job %s: an early message is of no use: %s", self.job.hex()[:8], error)
+
+    def copies_lost(self, blobs: list[bytes]) -> None:
+        """No peer that answers holds these: what a replay would need of them has to be made again."""
+        recorder, replica = self._recorder, self.replica
+        if recorder is None or replica is None:
+            return
+        for blob in blobs:
+            for stage, lo, hi in replica.chronicle.results_in(blob):
+                recorder.redo(stage, lo, hi)
+
+    async def find(self, blob: bytes) -> list[PeerId]:
+        """Peers that may hold a blob of the job, likely ones first."""
+        found = self.outreach.holders(blob) if self.outreach is not None else []
+        if self.keeper is not None:
+            found = [*found, *self.keeper.holders(blob)]
+        if self.replica is not None:
+            found = [*found, *self.replica.voters]
+        return [peer for peer in dict.fromkeys(found) if peer != self._services.me]
 
     async def _sweep(self) -> None:
         assert self.leader is not None
@@ -210,9 +337,12 @@ class LeadJob:
     async def _drive(self, place: JobPlace, leader: Leader, nursery: trio.Nursery) -> Outcome:
         spec = self.spec
         if spec.options.timeout_s:
-            nursery.start_soon(self._time_out, spec.options.timeout_s)
+            gone_s = max(0.0, time.time() - spec.created_s) if self.epoch > 1 else 0.0
+            nursery.start_soon(self._time_out, max(0.0, spec.options.timeout_s - gone_s))
         for _ in range(min(2, self._services.workshop.free)):
             place.site.crew.start_worker()
+        if leader.replaying is not None:
+            await leader.replaying.prepare()
         stdin = await self._open_stdin(place)
         pipes = [os.pipe(), os.pipe()]
         try:
@@ -229,6 +359,8 @@ class LeadJob:
                 output.start_soon(self._copy_output, fd, read)
             broken = await serve_driver(driver, leader, place, nursery)
             await driver.exited.wait()
+            if leader.replaying is not None and not broken:
+                leader.replaying.end()
             output.cancel_scope.deadline = trio.current_time() + OUTPUT_LINGER_S
         status = driver.status if driver.status is not None else 1
         exit_code = status if status >= 0 else 128 - status
@@ -249,12 +381,29 @@ class LeadJob:
         return os.open(path, os.O_RDONLY)
 
     async def _copy_output(self, fd: int, pipe: int) -> None:
+        recorder, shown = self._recorder, self.view.log(fd)
+        replayed = Replayed(recorder.length[fd] if recorder is not None else 0, shown.read)
         async with trio.lowlevel.FdStream(pipe) as stream:
             while data := await stream.receive_some(PIPE_BYTES):
                 try:
-                    self.view.write(fd, bytes(data))
+                    if recorder is None:
+                        self.view.write(fd, bytes(data))
+                    else:
+                        await recorder.output(fd, replayed.feed(bytes(data)))
                 except OSError as error:
-                    self.end(FAILED, None, f"the job's output can't be kept: {error.strerror}")
+                    self.disk_failed(error)
+        replayed.end()
+        if replayed.differs and fd == 1:
+            self.tell("stdout", "the script wrote something else when it was run again after its leader was lost")
+
+    def tell(self, key: str, text: str) -> None:
+        """One line for the user among the driver's stderr, once a job, whoever leads it."""
+        recorder, replica = self._recorder, self.replica
+        if recorder is None or replica is None or key in replica.chronicle.told or key in self._told:
+            return
+        self._told.add(key)
+        recorder.told(key)
+        recorder.note(f"grid: {text}\n".encode())
 
     async def _time_out(self, timeout_s: float) -> None:
         await trio.sleep(timeout_s)
@@ -307,37 +456,8 @@ class LeadJob:
                 peer.hex(): {"done": tally.done, "executed": tally.executed, "stolen": tally.stolen}
                 for peer, tally in self.leader.tallies.items()
             }
-        return describe(self.job, self.spec, self.view, self.epoch, self._services.me, stages, peers)
-
-
-def describe(
-    job: JobId,
-    spec: JobSpec,
-    view: JobView,
-    epoch: int,
-    leader: PeerId,
-    stages: list[dict[str, Any]],
-    peers: dict[str, Any],
-) -> dict[str, Any]:
-    """One job for programs."""
-    outcome = view.outcome
-    return {
-        "id": job.hex(),
-        "name": spec.name,
-        "owner": spec.owner.hex(),
-        "owner_name": spec.owner_name,
-        "state": view.state,
-        "epoch": epoch,
-        "leader": leader.hex(),
-        "replicas": [leader.hex()],
-        "recovered": bool(outcome and outcome.recovered),
-        "stages": stages,
-        "peers": peers,
-        "exit_code": outcome.exit_code if outcome else None,
-        "error": outcome.error if outcome else "",
-        "submitted_s": spec.created_s,
-        "ended_s": outcome.ended_s if outcome else None,
-    }
+        voters = self.replica.voters if self.replica is not None else ()
+        return describe(self.job, self.spec, self.view, self.epoch, self._services.me, stages, peers, voters)
 
 
 async def serve_driver(driver: Child, leader: Leader, place: JobPlace, nursery: trio.Nursery) -> str:
@@ -395,4 +515,4 @@ def _walk(folder: Path) -> list[tuple[str, int]]:
     return sorted(found)
 
 
-__all__ = ["CANCELLED", "LeadJob", "describe", "serve_driver", "write_record"]
+__all__ = ["CANCELLED", "LeadJob", "serve_driver", "write_record"]

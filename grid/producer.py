@@ -28,10 +28,10 @@ Post = Callable[[wire.ToChild, Body], None]
 
 @dataclass(slots=True)
 class Item:
-    """A settled range: a result body (first: index of its first value), a failure, or neither: cancelled."""
+    """A settled range: a result body (skip: its values before the first one that counts), a failure, or neither: cancelled."""
 
     body: Body | None = None
-    first: int = 0
+    skip: int = 0
     failure: wire.Failed | None = None
     exception: bytes = b""
 
@@ -44,6 +44,7 @@ class Producer:
         self._post = post
         self._nested = nested
         self._functions: dict[int, tuple[bytes, Body, str]] = {}
+        self._unopened: dict[int, wire.Stage] = {}
         self._stages: dict[int, StageState] = {}
         self._numbers: dict[int, int] = {}
         self._deliveries: dict[int, Delivery[Item]] = {}
@@ -55,6 +56,8 @@ class Producer:
 
     def handle(self, message: wire.Message, body: Body) -> None:
         """One frame. Raises RefusedError."""
+        if self._leader.replaying is not None and not self._nested:
+            self._leader.replaying.frames += 1
         match message:
             case wire.Define(fn, name):
                 if bodies.size_of(body) > limits.FUNCTION_BYTES_MAX:
@@ -65,13 +68,14 @@ class Producer:
             case wire.Page():
                 self._page(message, body)
             case wire.Close(stage, total):
-                self._leader.ledger.close_stage(self._stage(stage).index, total)
-                self._leader.changed()
+                self._leader.close_stage(self._stage(stage), total)
             case wire.Cancel(stage, lo, hi):
                 index = self._stage(stage).index
                 if hi < 0:
                     self._abandon(index)
-                self._leader.cancel(index, lo, hi)
+                self._leader.cancel(index, lo, hi, record=True)
+            case wire.Same(number, ranges) if self._leader.replaying is not None and not self._nested:
+                self._leader.replaying.same(number, ranges)
             case wire.Consumed(stage, size):
                 index = self._stage(stage).index
                 delivery = self._deliveries.get(index)
@@ -81,27 +85,36 @@ class Producer:
             case _:
                 raise RefusedError(f"{type(message).__name__} is no message of a producer")
 
-    def _stage(self, number: int) -> StageState:
+    def _stage(self, number: int, first: tuple[int, bytes] | None = None) -> StageState:
         stage = self._stages.get(number)
         if stage is None:
-            raise RefusedError(f"stage {number} was never opened")
+            message = self._unopened.pop(number, None)
+            if message is None:
+                raise RefusedError(f"stage {number} was never opened")
+            stage = self._begin(message, first)
         return stage
 
     def _open(self, message: wire.Stage) -> None:
-        function = self._functions.get(message.fn)
-        if function is None or message.stage in self._stages:
+        if message.fn not in self._functions or message.stage in self._stages or message.stage in self._unopened:
             raise RefusedError("a stage without its function, or opened twice")
+        if self._leader.replaying is not None:  # which of the recorded stages it is, its first segment tells
+            self._unopened[message.stage] = message
+        else:
+            self._begin(message, None)
+
+    def _begin(self, message: wire.Stage, first: tuple[int, bytes] | None) -> StageState:
+        function = self._functions[message.fn]
         parent = (message.parent_stage, message.parent_index) if self._nested else None
         options = merged(self._leader.defaults, message.options)
         stage = self._leader.open_stage(
-            self, function, message.name or function[2], message.ordered, options, parent, message.occurrence
+            self, function, message.name or function[2], message.ordered, options, parent, message.occurrence, first
         )
         self._stages[message.stage] = stage
         self._numbers[stage.index] = message.stage
         self._deliveries[stage.index] = Delivery(message.ordered)
+        return stage
 
     def _page(self, message: wire.Page, body: Body) -> None:
-        stage = self._stage(message.stage)
         if len(message.counts) != len(message.lengths) or sum(message.lengths) != bodies.size_of(body):
             raise RefusedError("a page whose table doesn't match its bytes")
         refs = message.refs or ((),) * len(message.counts)
@@ -111,10 +124,11 @@ class Producer:
             (count, length, tuple(bytes.fromhex(ref) for ref in names))
             for count, length, names in zip(message.counts, message.lengths, refs, strict=True)
         ]
-        self._leader.add_page(stage, message.first, pieces, body)
+        digests = self._leader.digests(message.lengths, body)
+        stage = self._stage(message.stage, (pieces[0][0], digests[0]) if digests else None)
+        self._leader.add_page(stage, message.first, pieces, body, digests)
         if message.final:
-            self._leader.ledger.close_stage(stage.index, stage.declared)
-            self._leader.changed()
+            self._leader.close_stage(stage, stage.declared)
         self._throttle(stage)
 
     def _throttle(self, stage: StageState) -> None:
@@ -139,7 +153,23 @@ class Producer:
 
     def settle(self, stage: StageState, lo: int, hi: int, item: Item) -> None:
         """Tasks [lo, hi) have their final word; it goes out when order and credit allow."""
-        delivery = self._deliveries.get(stage.index)
+        replaying = self._leader.replaying
+        if replaying is not None and not self._nested and not stage.ordered:
+            for index, a, b, each in replaying.in_order(stage.index, lo, hi, item):
+                self.deliver(index, a, b, each)
+        else:
+            self.deliver(stage.index, lo, hi, item)
+
+    def compare(self, number: int, index: int, first: int, count: int, old: bytes, new: bytes) -> bool:
+        """Ask the driver which items of two segments are the same."""
+        if self.closed or self._nested:
+            return False
+        self._post(wire.Compare(number, self._numbers[index], first, count, len(old)), old + new)
+        return True
+
+    def deliver(self, index: int, lo: int, hi: int, item: Item) -> None:
+        """Put it among what goes to the child."""
+        delivery = self._deliveries.get(index)
         if self.closed or delivery is None:
             if item.body is not None:
                 bodies.release(item.body)
@@ -148,7 +178,7 @@ class Producer:
         delivery.add(lo, hi, size, item)
         if item.body is not None:
             self._result_bytes += bodies.memory_of(item.body)
-        self._flush(stage.index)
+        self._flush(index)
         if self._result_bytes > limits.RESULT_MEMORY_BYTES_MAX:
             self._spill()
 
@@ -158,8 +188,7 @@ class Producer:
         for lo, hi, item in delivery.ready():
             if item.body is not None:
                 self._result_bytes -= bodies.memory_of(item.body)
-                first = item.first if item.first != lo else -1
-                self._post(wire.Result(number, lo, hi, "", first), item.body)
+                self._post(wire.Result(number, lo, hi, "", item.skip), item.body)
             elif item.failure is not None:
                 failure = item.failure
                 self._post(

@@ -65,6 +65,7 @@ class Held:
     blob: bytes = b""
     holders: tuple[PeerId, ...] = ()
     ready: bool = False  # body and refs are here
+    digest: bytes = b""  # BLAKE3 of the bytes, where it is known already; `blob` only names what can be fetched
     error: str = ""  # why it could not be fetched
 
 
@@ -140,16 +141,27 @@ class Site:
         stage = self.stages.get(index)
         if stage is None:
             stage = self.stages[index] = SiteStage(index, options, fn)
-            self.has_timeouts = self.has_timeouts or bool(options.task_timeout_s)
+            if options.task_timeout_s:
+                self.has_timeouts = True
+                self.workshop.timed.set()
         return stage
 
-    def hold(self, stage: int, segment: Segment, body: Body | None, blob: bytes = b"", holders: tuple[PeerId, ...] = ()) -> None:
+    def hold(
+        self,
+        stage: int,
+        segment: Segment,
+        body: Body | None,
+        blob: bytes = b"",
+        holders: tuple[PeerId, ...] = (),
+        digest: bytes = b"",
+    ) -> None:
         """A segment's bytes, or where they are to be had."""
         held = self.stages[stage].held
         self.stages[stage].segments.add(segment)
         known = held.get(segment.first)
         if known is None:
-            held[segment.first] = Held(segment, body, blob, holders, ready=body is not None and not segment.refs)
+            ready = body is not None and not segment.refs
+            held[segment.first] = Held(segment, body, blob, holders, ready, digest=digest or blob)
         elif known.body is None:  # the older holders may be gone
             known.body, known.blob, known.holders = body, blob, holders
             known.ready = body is not None and not segment.refs

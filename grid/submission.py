@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from grid.peer import Peer
 
 
-async def make_spec(peer: Peer, submission: dict[str, Any], pins: str) -> JobSpec:
-    """Adopt the staged files, pinned for `pins`, and make the spec. Raises ControlError."""
+async def make_spec(peer: Peer, submission: dict[str, Any], pins: str) -> tuple[JobSpec, list[BlobRef]]:
+    """Adopt the staged files, pinned for `pins`, and make the spec; with all blobs that the job needs. Raises ControlError."""
     try:
         return await _make(peer, submission, pins)
     except OSError as error:
@@ -34,21 +34,26 @@ async def make_spec(peer: Peer, submission: dict[str, Any], pins: str) -> JobSpe
         raise ControlError("disk-full", str(error), "free space, or give the peer a home on a larger disk") from None
 
 
-async def _make(peer: Peer, submission: dict[str, Any], pins: str) -> JobSpec:
+async def _make(peer: Peer, submission: dict[str, Any], pins: str) -> tuple[JobSpec, list[BlobRef]]:
     store = peer.services.store
     options = submission.get("options") or {}
+    blobs: list[BlobRef] = []
+
+    def needed(ref: BlobRef) -> BlobRef:
+        blobs.append(ref)
+        return ref
 
     async def adopt(path: str) -> BlobRef:
         size = os.stat(path).st_size
-        return BlobRef(bytes(await store.adopt(Path(path), owner=pins, durable=True)), size)
+        return needed(BlobRef(bytes(await store.adopt(Path(path), owner=pins, durable=True)), size))
 
     async def put(data: bytes) -> BlobRef:
-        return BlobRef(bytes(await store.put(data, owner=pins, durable=True)), len(data))
+        return needed(BlobRef(bytes(await store.put(data, owner=pins, durable=True)), len(data)))
 
     for pack in submission.get("pack_paths") or ():
         await adopt(str(pack))
     stdin, lock = options.get("stdin"), submission.get("lock")
-    return JobSpec(
+    spec = JobSpec(
         nonce=secrets.token_bytes(16),
         grid=peer.membership.grid,
         submitter=peer.identity.public,
@@ -65,8 +70,10 @@ async def _make(peer: Peer, submission: dict[str, Any], pins: str) -> JobSpec:
         inputs=await adopt(str(submission["manifest"])) if submission.get("manifest") else None,
         stdin=await put(await trio.Path(str(stdin)).read_bytes()) if stdin else None,
         env=tuple(sorted((submission.get("env") or {}).items())),
+        replicas=tuple(await peer.candidates(job_options(options).replicas)),
         owner_name=peer.owner_name,
     )
+    return spec, blobs
 
 
 def job_options(options: dict[str, Any]) -> JobOptions:

@@ -70,7 +70,7 @@ class TakeBack:
         """Ask whoever claims most; True when that brought work."""
         me = self._leader.me
         for victim in self._outreach.hints(me)[:1]:
-            stages = ((0, len(self._leader.ledger.stages)),)
+            stages = ((0, self._leader.ledger.next_stage),)
             tags = tuple(sorted(self._leader.site.workshop.tags))
             steal = Steal(self._leader.job, self._epoch, self._leader.site.workshop.free, tags, stages, bare=True)
             try:

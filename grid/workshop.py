@@ -32,6 +32,8 @@ class Workshop:
         self.sites: list[Site] = []
         self.hungry: list[Callable[[], None]] = []
         """Told after each pump: slots may have come free."""
+        self.timed = trio.Event()
+        """Set by a site that got a stage with a time limit."""
         self.draining = False
         self._pumping = False
         self._again = False
@@ -91,7 +93,12 @@ class Workshop:
         """Time limits and idle workers, until cancelled."""
         rested_s = trio.current_time()
         while True:
-            await trio.sleep(TIMEOUT_CHECK_S)
+            if any(site.has_timeouts for site in self.sites):
+                await trio.sleep(TIMEOUT_CHECK_S)
+            else:
+                self.timed = trio.Event()
+                with trio.move_on_after(REST_CHECK_S):
+                    await self.timed.wait()
             for site in self.sites:
                 if site.has_timeouts:
                     site.crew.check_timeouts()

@@ -283,6 +283,15 @@ class BlobStore:
         self._pins.add(owner, blob)
         self._idle.pop(blob, None)
 
+    async def secure(self, blob: BlobId, owner: str) -> None:
+        """Pin a blob that is held and see it through to the platter: it survives a power cut once this returns.
+
+        Raises BlobMissing (it isn't held, or was damaged), StoreFull, OSError.
+        """
+        if not await self.intact(blob):
+            raise BlobMissing(blob.hex())
+        await self._keep(blob, durable=True, synced=False, owner=owner)
+
     def unpin(self, owner: str, blob: BlobId | None = None) -> None:
         """Drop one pin of `owner`, or all of them. What nobody pins may be evicted from now on."""
         for freed in self._pins.drop(owner, blob):
@@ -297,6 +306,11 @@ class BlobStore:
         if blob not in self._pins:
             self._forget(blob)
         return blob not in self._entries
+
+    @property
+    def quota_bytes(self) -> int:
+        """Disk bytes it may take."""
+        return self._room.quota_bytes
 
     @property
     def used_bytes(self) -> int:

@@ -14,12 +14,17 @@ from grid.peer import Peer
 from grid.submission import job_options, make_spec
 
 
+async def candidates(count: int) -> list[bytes]:
+    return [bytes(20)] * count
+
+
 def peer_with(store: BlobStore) -> Any:
     return SimpleNamespace(
         services=SimpleNamespace(store=store),
         membership=SimpleNamespace(grid=bytes(32), owner=bytes(20)),
         identity=SimpleNamespace(public=bytes(32)),
         owner_name="somebody",
+        candidates=candidates,
     )
 
 
@@ -40,9 +45,10 @@ def submission(folder: Path) -> dict[str, Any]:
 
 async def test_blobs_of_a_submission_are_pinned_together(tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "blobs", 1 << 30)
-    spec = await make_spec(peer_with(store), submission(tmp_path), "submit:1")
+    spec, blobs = await make_spec(peer_with(store), submission(tmp_path), "submit:1")
     assert spec.options == job_options({"retries": 2, "timeout": 9.5})
     assert len(store) == 3
+    assert {ref.id for ref in blobs} == set(store)  # all that the job needs wherever it is led
     assert all(store.pinned(blob) for blob in store)
     store.unpin("submit:1")
     assert not any(store.pinned(blob) for blob in store)
