@@ -40,6 +40,7 @@ class Follower:
         self.client = client
         self.job = ""
         self._from = {"stdout": 0, "stderr": 0}
+        self._print_at: dict[str, Any] = {"from_print": 0, "by": ""}
         self._outcome: dict[str, Any] | None = None
         self._progress = Progress(console)
         self._prints = Prints(console, "")
@@ -80,6 +81,7 @@ class Follower:
                 console.raw_stderr(body)
         elif name == "print":
             self._prints.show(int(data["stage"]), int(data["index"]), body)
+            self._print_at = {"from_print": int(data.get("next", 0)), "by": str(data.get("by", ""))}
         elif name == "progress":
             self._progress.update(list(data.get("stages", ())), int(data.get("peers") or 0))
         elif name == "note":
@@ -102,19 +104,23 @@ class Follower:
         self.client.close()
         if self._throwaway or not self.job:
             raise ConnectionLost
-        console.say("this machine's peer went away; the job goes on elsewhere if others hold it; waiting for the peer", "yellow")
+        console.say("this machine's peer went away; the job goes on where others hold it; waiting for the peer", "yellow")
         deadline = time.monotonic() + RECONNECT_S
         while True:
             try:
                 self.client = Client.open(self._home)
-                return self.client.stream(
-                    "follow", job=self.job, from_stdout=self._from["stdout"], from_stderr=self._from["stderr"], prints=True
-                )
+                offsets = {f"from_{name}": offset for name, offset in self._from.items()}
+                return self.client.stream("follow", job=self.job, prints=True, **offsets, **self._print_at)
             except (NoPeer, ConnectionLost):
                 if time.monotonic() > deadline:
-                    hint = f"start it with: grid join -d, then follow with: grid logs {short(self.job)} -f"
-                    raise Failure("peer-lost", "this machine's peer is gone", hint, status=GRID_FAILED) from None
+                    raise self._lost() from None
             time.sleep(RETRY_INTERVAL_S)
+
+    def _lost(self) -> Failure:
+        """This command can't go on without its peer; the job can."""
+        how = f"on another machine of the grid: grid logs {short(self.job)} -f; or here, after grid join -d"
+        text = "this machine's peer is gone; the job goes on if another machine holds it"
+        return Failure("peer-lost", text, f"follow it {how}", status=GRID_FAILED)
 
     # -- leaving
 

@@ -31,8 +31,9 @@ STATE_STYLES = {
 
 
 def job_state(job: Mapping[str, Any]) -> str:
-    """Return a job's state in one word; "silent" where its leader was not heard of for a while."""
-    return "silent" if job.get("reachable") is False else str(job.get("state", ""))
+    """Return a job's state in one word; "silent" where its leader was not heard of for a while; and if it ended twice."""
+    state = "silent" if job.get("reachable") is False else str(job.get("state", ""))
+    return f"{state}, two outcomes" if job.get("conflict") else state
 
 
 class StdoutClosed(Exception):

@@ -46,9 +46,11 @@ def _show(job: Mapping[str, Any]) -> None:
         "exit": "" if job.get("exit_code") is None else str(job["exit_code"]),
         "age": format_age(job.get("submitted_s")),
         "error": str(job.get("error") or ""),
-        "leader": f"{short(str(job.get('leader') or '-'))}, epoch {job.get('epoch', 0)}",
+        "leader": _leader_of(job),
         "replicas": " ".join(short(str(peer)) for peer in job.get("replicas", ())),
-        "recovered": "yes: a minority of the replicas carried on" if job.get("recovered") else "",
+        "branch": short(str(job.get("branch") or "")),
+        "recovered": "yes: it went on without a majority of its replicas" if job.get("recovered") else "",
+        "outcomes": _outcomes(job),
     }
     console.data("\n".join(f"{name:<10}{clean(value)}" for name, value in fields.items() if value))
     if stages := list(job.get("stages", ())):
@@ -66,6 +68,18 @@ def _show(job: Mapping[str, Any]) -> None:
             ["PEER", "DONE", "EXECUTED", "STOLEN"],
             [[short(id_), *(str(peer.get(key, 0)) for key in ("done", "executed", "stolen"))] for id_, peer in peers.items()],
         )
+
+
+def _leader_of(job: Mapping[str, Any]) -> str:
+    if not job.get("leader"):
+        return "none at the moment: grid explain says why"
+    return f"{short(str(job['leader']))}, epoch {job.get('epoch', 0)}"
+
+
+def _outcomes(job: Mapping[str, Any]) -> str:
+    """What other branches of the job ended with, where several did."""
+    others = [f"{each.get('state')} at {short(str(each.get('leader', '')))}" for each in job.get("conflicts", ())]
+    return f"{len(others) + 1}, for it went on in two places; the other: {', '.join(others)}" if others else ""
 
 
 def cancel(

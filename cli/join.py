@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import resource
 import shutil
 import sys
 import time
@@ -23,6 +24,8 @@ from grid.config import Home, JoinOptions, parse_address, parse_size
 if TYPE_CHECKING:
     import trio
 
+DESCRIPTORS = 8192
+"""Files and sockets a peer may have open: the transport's CONNECTIONS_MAX, blob links, and several for each child."""
 POLL_INTERVAL_S = 1.0
 LOG_BYTES_MAX = 8 << 20
 """A larger log of a detached peer is put aside when the next one starts; one old log is kept."""
@@ -266,6 +269,7 @@ def _serve(home: Home, options: JoinOptions) -> None:
     handler = LogHandler(report)
     logger.addHandler(handler)
     logger.setLevel(handler.level)
+    raise_descriptor_limit()
     try:
         trio.run(functools.partial(_run, home, settled, report, on_event))
     except BaseException as error:
@@ -278,6 +282,14 @@ def _serve(home: Home, options: JoinOptions) -> None:
         report.close()
         if options.throwaway:
             shutil.rmtree(home.path, ignore_errors=True)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow as many connections as a leader may have: the usual soft limit is 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _run(home: Home, options: JoinOptions, report: LogReport | LiveReport, on_event: Any) -> None:

@@ -32,8 +32,15 @@ def logs(
             for name, data, body in client.stream("logs", job=full, follow=follow, stage=stage, index=index):
                 if name in ("stdout", "stderr"):
                     _log(name, data, body)
+                else:
+                    _note(name, data)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+def _note(name: str, data: dict[str, Any]) -> None:
+    if name == "note":
+        console.say(clean(str(data.get("text", ""))), "dim")
 
 
 def _log(name: str, data: dict[str, Any], body: bytes) -> None:
@@ -56,7 +63,10 @@ def wait(
     home, client = open_client()
     with client:
         full = resolve_job(home, client, job)
-        outcome = client.stream("wait", job=full, timeout_s=timeout_s).finish()
+        stream = client.stream("wait", job=full, timeout_s=timeout_s)
+        for name, data, _body in stream:
+            _note(name, data)
+        outcome = stream.result
     if outcome.get("state") in ("pending", "running"):
         hint = f"wait on with: grid wait {short(full)}"
         raise Failure("wait-timeout", f"job {short(full)} is still {outcome['state']} after {timeout}", hint, status=TIMED_OUT)
@@ -88,11 +98,13 @@ def result(
     with client:
         full = resolve_job(home, client, job)
         text = bytearray()
-        for name, _data, body in (stream := client.stream("result", job=full, stdout=True)):
+        for name, data, body in (stream := client.stream("result", job=full, stdout=True)):
             if name == "stdout" and json:
                 text += body
             elif name == "stdout":
                 console.raw(body)
+            else:
+                _note(name, data)
         outcome = stream.result
         files = list(outcome.get("files") or [])
         if json:

@@ -79,13 +79,20 @@ def revoke(
 
 def leave(
     forget: Annotated[bool, typer.Option("--forget", help="Drop the membership, too: coming back needs an invite.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --forget: even if jobs are lost that no other machine holds.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Hand over what only this machine holds, then stop its peer."""
+    """Hand over what only this machine holds, then stop its peer.
+
+    Jobs led here go on elsewhere. A job that no other machine holds stays on this one's disk and goes on when the machine
+    joins again; with --forget it would be lost, so that is refused.
+    """
     home, client = open_client()
     with client:
-        for name, data, _body in (stream := client.stream("leave", forget=forget)):
+        for name, data, _body in (stream := client.stream("leave", forget=forget, **({"force": True} if force else {}))):
             if name == "note":
                 console.say(str(data.get("text", "")), "dim")
     _wait_until_free(home)

@@ -70,7 +70,7 @@ def _peer_row(peer: Mapping[str, Any], own_id: object) -> list[str]:
 def show_jobs(jobs: list[Mapping[str, Any]]) -> None:
     """Print a table of jobs."""
     console.table(
-        ["JOB", "NAME", "STATE", "DONE", "FAILED", "LEADER", "OWNER", "AGE"],
+        ["JOB", "NAME", "STATE", "DONE", "FAILED", "LEADER", "EPOCH", "REPLICAS", "OWNER", "AGE"],
         [
             [
                 short(str(job.get("id", ""))),
@@ -79,6 +79,8 @@ def show_jobs(jobs: list[Mapping[str, Any]]) -> None:
                 f"{job.get('done') or 0}/{job.get('total') or 0}",
                 str(job.get("failed") or 0),
                 short(str(job.get("leader") or "-")),
+                str(job.get("epoch", "-")),
+                str(job.get("replicas", "-")),
                 owner_of(job),
                 format_age(job.get("submitted_s")),
             ]

@@ -18,7 +18,7 @@ from cli.attach import Detached, Follower, termination_raises
 from cli.console import clean, console, short
 from cli.errors import DETACHED, GRID_FAILED, WRONG_USE, Failure, UsageError, status_of_outcome
 from cli.options import Debug, Json
-from grid.api.client import Client, ControlError, NoPeer
+from grid.api.client import Client, ControlError, NoPeer, Stream
 from grid.config import Home, parse_duration, parse_size
 
 ENVIRONMENT, LIMITS, PLACE, OUTPUT = "What it needs", "Limits and retries", "Where and how it runs", "Output"
@@ -157,14 +157,31 @@ def _submit(job: Job, local: int | None) -> int:
 def _run(job: Job, home: Home, client: Client, staging: Path) -> int:
     submission = _pack(job, staging)
     if job.detach:
-        stream = client.stream("submit", submission=submission, detach=True)
+        return _detached(job, home, client.stream("submit", submission=submission, detach=True))
+    return _follow(job, home.path, client, submission, home=home)
+
+
+def _detached(job: Job, home: Home, stream: Stream) -> int:
+    """Print the job's id once it is durable; what there is to say of that goes to stderr."""
+    submitted = ""
+    try:
         for name, data, _body in stream:
-            if name == "accepted":
+            if name == "submitted":
+                submitted = str(data["job"])
+                home.remember_job(submitted)
+            elif name == "note":
+                job.notes.append(str(data.get("text", "")))
+            elif name == "accepted":
                 _accepted_detached(home, str(data["job"]))
                 job.tell_notes()
                 return 0
-        raise ControlError("internal", "the peer ended the stream without accepting the job", "see: grid jobs")
-    return _follow(job, home.path, client, submission, home=home)
+    except KeyboardInterrupt:
+        if not submitted:
+            raise
+        how = f"follow it: grid logs {short(submitted)} -f, cancel it: grid cancel {short(submitted)}"
+        console.say(f"interrupted: job {short(submitted)} runs, but it is not known to be durable; {how}")
+        return DETACHED
+    raise ControlError("internal", "the peer ended the stream without accepting the job", "see: grid jobs")
 
 
 def _accepted_detached(home: Home, id_: str) -> None:

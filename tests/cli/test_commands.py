@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 
+from grid.api.client import Client, Stream
 from tests.cli.conftest import FINISHED, Grid, error_line
 
 JOB_KEYS = {"id", "name", "owner", "state"}
@@ -174,6 +176,67 @@ def test_jobs_show_explain(peer: Grid) -> None:
     assert "count" in text
     assert "5 tasks: no peer has the tag gpu" in peer("explain", "last").stdout
     assert peer.json("explain", "last", "--json")["reasons"][0]["code"] == "no-tag"
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, peer: Grid, **changes: Any) -> str:
+    """What `grid show` prints of a job that is so."""
+    peer("submit", "-d", peer.script(["hang"]))
+    found = peer.json("show", "last", "--json") | changes
+    call = Client.call
+
+    def patched(self: Client, method: str, **params: Any) -> Any:
+        return found if method == "show" else call(self, method, **params)
+
+    monkeypatch.setattr(Client, "call", patched)
+    return peer("show", "last").stdout
+
+
+def test_show_of_a_job_without_a_leader(monkeypatch: pytest.MonkeyPatch, peer: Grid) -> None:
+    assert "none at the moment: grid explain says why" in shown(monkeypatch, peer, leader="")
+
+
+def test_show_of_a_job_that_ended_twice(monkeypatch: pytest.MonkeyPatch, peer: Grid) -> None:
+    other = {"branch": "ab" * 20, "state": "failed", "leader": "bb" * 20}
+    text = shown(monkeypatch, peer, state="finished", branch="cd" * 20, recovered=True, conflicts=[other])
+    assert "outcomes  2, for it went on in two places; the other: failed at bbbbbbbb" in text
+    assert "branch    cdcdcdcd" in text
+    assert "went on without a majority" in text
+
+
+def test_jobs_tell_epoch_replicas_and_two_outcomes(monkeypatch: pytest.MonkeyPatch, peer: Grid) -> None:
+    peer("submit", "-d", peer.script(["hang"]))
+    (row,) = peer.json("jobs", "--json")["jobs"]
+    row |= {"epoch": 7, "replicas": 5, "conflict": True, "state": "finished"}
+    monkeypatch.setattr(Client, "call", lambda self, method, **params: [row])
+    head, line = peer("jobs").stdout.splitlines()
+    assert {"EPOCH", "REPLICAS"} <= set(head.split())
+    assert "finished, two outcomes" in line
+    assert {"7", "5"} <= set(line.split())
+
+
+def test_leave_that_would_lose_jobs_is_forced(peer: Grid) -> None:
+    assert peer("leave", "--forget", "--force").returncode == 0
+    assert peer.calls()[-1] == ("leave", {"forget": True, "force": True})
+    assert "goes on when the machine" in " ".join(peer("leave", "--help").stdout.split())
+
+
+@pytest.mark.parametrize("words", [("logs", "last", "-f"), ("wait", "last"), ("result", "last")])
+def test_change_of_leaders_is_a_line_on_stderr(monkeypatch: pytest.MonkeyPatch, peer: Grid, words: tuple[str, ...]) -> None:
+    peer("submit", peer.script(["stdout", "abc\n"], FINISHED))
+    plain = peer(*words)
+    following = Stream.__next__
+    told: list[bool] = []
+
+    def noted(self: Stream) -> tuple[str, dict[str, Any], bytes]:
+        if not told:
+            told.append(True)
+            return "note", {"text": "the job's leader went away; following the new one"}, b""
+        return following(self)
+
+    monkeypatch.setattr(Stream, "__next__", noted)
+    done = peer(*words)
+    assert (done.returncode, done.stdout) == (plain.returncode, plain.stdout)
+    assert done.stderr.count("the job's leader went away; following the new one\n") == 1
 
 
 def test_ids_unknown_ambiguous_and_hostile(peer: Grid) -> None:

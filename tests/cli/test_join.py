@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.join import raise_descriptor_limit
 from dht.core.invite import Invite
 from tests.cli.conftest import Grid, error_line
 from tests.cli.test_submit import eventually, processes_of
@@ -151,3 +153,16 @@ def test_leave_returns_when_the_home_is_free(grid: Grid) -> None:
     for _ in range(3):
         assert grid("join", "-d", *LISTEN).returncode == 0
         assert grid("leave").returncode == 0
+
+
+def test_peer_may_have_more_files_open_than_usual() -> None:
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard if 0 <= hard < 8192 else 8192, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -116,13 +116,15 @@ class Peer:
         self.log = home.parent / f"{home.name}.log"
         self.ready: dict[str, Any] = {}
         self.process: subprocess.Popen[str] | None = None
+        self.wrapper: list[str] = []  # words before the command that runs the peer: to run it in another network, say
         self._grid = grid
 
     # ---- life ----
 
     def start(self, *words: str, slots: int = 1, listen: str = "127.0.0.1:0", within_s: float = READY_S) -> Peer:
         """Run `grid join` and wait until it serves."""
-        command = [*PROGRAM, "join", "--json", "--listen", listen, "--slots", str(slots), "--name", self.home.name, *words]
+        command = [*self.wrapper, *PROGRAM, "join", "--json", "--listen", listen]
+        command += ["--slots", str(slots), "--name", self.home.name, *words]
         with self.log.open("ab") as log:
             process = self.process = subprocess.Popen(
                 command,
