@@ -275,7 +275,7 @@ class Mesh:
 
         Of two simultaneous dials the lower id's wins: the lower refuses the other's once it knows its own gets through,
         the higher takes the lower's and drops its own. began: when it came; if that was before our own got through, the other end
-        has given it up meanwhile.
+        has given it up meanwhile, and taking it in would break the one that stands, also while that one is about to end.
         """
         remote = self._remote(channel.peer)
         self._book.learn_from(channel.hello, address, dialled=False)
@@ -283,7 +283,7 @@ class Mesh:
         if dial is not None and dial.authenticated and self.id < remote.id:
             return Verdict(Code.DUPLICATE, "the peer's own dial to this one is about to succeed")
         link = remote.link
-        if link is not None and link.channel.initiator and began <= link.began and self.id < remote.id and not link.finishing:
+        if link is not None and link.channel.initiator and began <= link.began and self.id < remote.id:
             return Verdict(Code.DUPLICATE, "the peer's own dial to this one has succeeded")
         if remote.inbox.full or (remote.link is None and not self._make_room()):
             return Verdict(Code.FULL, "the peer has too many connections: try again later")
