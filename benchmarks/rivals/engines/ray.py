@@ -12,6 +12,8 @@ from benchmarks.rivals.engines.base import ALL, Engine
 STORE_BYTES = 2 << 30
 STORE_MANY_BYTES = 100 << 20
 NODES_READY_S = 300
+ADDRESS = "127.0.0.2"
+"""Loopback: for 127.0.0.1 Ray would take the address of a network interface."""
 
 
 class Ray(Engine):
@@ -26,7 +28,7 @@ class Ray(Engine):
         ray = self._import()
         ray.init(  # "local": never one that another program left running
             address="local", num_cpus=self.workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-            object_store_memory=STORE_BYTES, _node_ip_address="127.0.0.1",
+            object_store_memory=STORE_BYTES, _node_ip_address=ADDRESS,
         )  # fmt: skip
 
     def start_many(self, nodes: int, slots: int) -> None:
@@ -35,15 +37,26 @@ class Ray(Engine):
 
         self.nodes = Cluster(
             initialize_head=True,
-            head_node_args={"num_cpus": slots, "object_store_memory": STORE_MANY_BYTES, "include_dashboard": False},
+            head_node_args={
+                "num_cpus": slots,
+                "object_store_memory": STORE_MANY_BYTES,
+                "include_dashboard": False,
+                "node_ip_address": ADDRESS,
+            },
         )
         for _ in range(nodes - 1):
-            self.nodes.add_node(wait=False, num_cpus=slots, object_store_memory=STORE_MANY_BYTES)
+            self.nodes.add_node(
+                wait=False,
+                num_cpus=slots,
+                object_store_memory=STORE_MANY_BYTES,
+                node_ip_address=ADDRESS,
+            )
         self.nodes.wait_for_nodes(timeout=NODES_READY_S)
         ray.init(address=self.nodes.address, log_to_driver=False, logging_level="ERROR")
 
     def _import(self) -> Any:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # else `uv run` above us makes it build an environment
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         import ray
 
