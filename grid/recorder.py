@@ -71,6 +71,8 @@ OUTPUT_BYTES_MAX: Final = 64 << 10
 OUTPUT_CHECK_BYTES: Final = 1 << 20
 OUTPUT_RESERVE_BYTES: Final = 16 << 20
 """Free space below which output ends the job, looked at every so many bytes: its log still has to take the outcome."""
+PATIENT: Final = (StageOpened, SegmentsCut, StageClosed, RangeDone, TaskFailed, RangeCancelled)
+"""Facts that nobody waits for until something is shown, which then takes them along: facts keep their order."""
 Kept = Callable[[bytes, int, float, list[PeerId]], None]
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class Recorder:
     """Whether segment digests are wanted."""
 
     async def flushed(self) -> None:
-        """Return when all that was said is on a majority's disks. Raises NotLeadingError."""
+        """Return when all that was said is on a majority's disks, without hurrying it. Raises NotLeadingError."""
 
     def stage(self, stage: StageState) -> None:
         """A stage was opened."""
@@ -167,7 +169,7 @@ class LogRecorder(Recorder):
         if self.lost:
             return
         try:
-            self._sequence = self._replica.propose(facts)
+            self._sequence = self._replica.propose(facts, patient=all(isinstance(fact, PATIENT) for fact in facts))
             self._proposed += len(facts)
         except NotLeadingError:
             self.lost = True
@@ -179,7 +181,7 @@ class LogRecorder(Recorder):
             await self._passed_on.wait()
         if self.lost:
             raise NotLeadingError("another peer leads the job")
-        await self._replica.committed(self._sequence)
+        await self._replica.committed(self._sequence, patient=True)
 
     def _where(self, data: bytes) -> Where:
         """Bytes in the log itself, while the budget lasts."""

@@ -186,12 +186,17 @@ class Replica:
         """Of facts that are not committed."""
         return self._batch.pending_bytes
 
-    def propose(self, proposed: Sequence[AnyFact]) -> int:
-        """The number of the last of these facts, for `committed`. Raises NotLeadingError; ValueError: one is too large."""
+    def propose(self, proposed: Sequence[AnyFact], patient: bool = False) -> int:
+        """The number of the last of these facts, for `committed`. Raises NotLeadingError; ValueError: one is too large.
+
+        patient: nobody waits for them yet; they may share an entry with what comes a little later.
+        """
         if not self.leads():
             raise NotLeadingError("this peer does not lead the job any more")
-        number = self._batch.add(proposed, self._clock())
-        self._bell.ring()
+        due_s = self._batch.due_s()
+        number = self._batch.add(proposed, self._clock(), patient)
+        if self._batch.due_s() < due_s:
+            self._bell.ring()
         return number
 
     async def room(self) -> None:
@@ -199,8 +204,14 @@ class Replica:
         while self._batch.pending_bytes > PENDING_BYTES_MAX and not self.closed.is_set():
             await self.progress.wait()
 
-    async def committed(self, sequence: int) -> None:
-        """Return when that fact is committed and applied. Raises NotLeadingError: nobody knows whether it ever will be."""
+    async def committed(self, sequence: int, patient: bool = False) -> None:
+        """Return when that fact is committed and applied. Raises NotLeadingError: nobody knows whether it ever will be.
+
+        patient: not a word sooner than it would be anyway.
+        """
+        if not patient and self._batch.waits(sequence):
+            self._batch.hurry(self._clock())
+            self._bell.ring()
         while True:
             if self._batch.is_lost(sequence):
                 raise NotLeadingError("this peer does not lead the job any more")

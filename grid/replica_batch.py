@@ -1,7 +1,8 @@
 """Facts on their way into a replicated log: numbered, batched into entries, followed until they are committed. No I/O.
 
 Rules: order is kept; what is said while nothing is on its way leaves at once, else after BATCH_DELAY_S or with BATCH_BYTES;
-a leadership that ends loses what was not committed: whoever waits for it is told that nobody knows.
+facts for which nobody waits (`patient`) leave with others or after PATIENCE_S; a leadership that ends loses what was not
+committed: whoever waits for it is told that nobody knows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from grid.core.raft_limits import ENTRY_BYTES_MAX
 
 BATCH_DELAY_S: Final = 0.02
 """Facts wait so long for company while others are on their way: an fsync and a round trip take about as much."""
+PATIENCE_S: Final = 0.2
+"""How long results may wait for company while nothing that stands behind them is to be shown: what a leader's death can cost
+of its own workers' time. Each batch costs every replica a message, an fsync and an answer, at the expense of its tasks."""
 BATCH_BYTES: Final = 256 << 10
 """Of one entry (one larger fact goes alone)."""
 PENDING_BYTES_MAX: Final = 8 << 20
@@ -38,9 +42,10 @@ class Batch:
         self._waiting_bytes = 0
         self._flying: deque[tuple[int, int, int]] = deque()  # (entry's index, last sequence, bytes)
         self._due_s = math.inf
+        self._urgent = False  # somebody waits for what waits here
         self._held_s = -math.inf  # while the core refuses entries
 
-    def add(self, facts: Sequence[AnyFact], now_s: float) -> int:
+    def add(self, facts: Sequence[AnyFact], now_s: float, patient: bool = False) -> int:
         """The last one's number. Raises ValueError for one that is too large: none is taken then."""
         encoded = [codec.encode(fact) for fact in facts]
         if any(len(data) + 5 > ENTRY_BYTES_MAX for data in encoded):
@@ -50,15 +55,27 @@ class Batch:
             self._waiting.append((self.issued, data))
             self._waiting_bytes += len(data)
             self.pending_bytes += len(data)
-        if self._waiting:
-            self._due_s = min(self._due_s, now_s + BATCH_DELAY_S)
+        if self._waiting and patient:
+            self._due_s = min(self._due_s, now_s + PATIENCE_S)
+        else:
+            self.hurry(now_s)
         return self.issued
+
+    def hurry(self, now_s: float) -> None:
+        """What waits here is waited for."""
+        if self._waiting:
+            self._urgent = True
+            self._due_s = min(self._due_s, now_s + BATCH_DELAY_S)
+
+    def waits(self, sequence: int) -> bool:
+        """Whether that fact has not been asked for by `entries`."""
+        return bool(self._waiting) and sequence >= self._waiting[0][0]
 
     def due_s(self) -> float:
         """When to ask `entries` next."""
         if not self._waiting or self._held_s > -math.inf:
             return self._held_s if self._waiting else math.inf
-        return -math.inf if not self._flying or self._waiting_bytes >= BATCH_BYTES else self._due_s
+        return -math.inf if (self._urgent and not self._flying) or self._waiting_bytes >= BATCH_BYTES else self._due_s
 
     def entries(self) -> list[tuple[bytes, int]]:
         """(payload, last sequence) of all that waits, cut into entries: to be proposed now; then `proposed` or `refused`."""
@@ -106,6 +123,7 @@ class Batch:
         self._waiting.clear()
         self._waiting_bytes = 0
         self._due_s, self._held_s = math.inf, -math.inf
+        self._urgent = False
 
     def is_lost(self, sequence: int) -> bool:
         """Whether nobody will know of it."""

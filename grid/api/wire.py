@@ -381,26 +381,31 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, data: Buffer) -> Iterator[tuple[Any, bytes]]:
-        """Yield each (message, body) that `data` completes."""
-        buffer = self._buffer
-        buffer += data
-        start = 0
+        """Yield each (message, body) that `data` completes. Iterate to the end before `data` changes or more is fed."""
+        source: Buffer = data
+        if self._buffer:
+            self._buffer += data
+            source = self._buffer
+        start, size = 0, len(source)
         try:
-            while len(buffer) - start >= PREFIX.size:
-                header_length, body_length = PREFIX.unpack_from(buffer, start)
-                if header_length > HEADER_BYTES_MAX or body_length > BODY_BYTES_MAX:
-                    raise WireError(f"frame of {header_length} + {body_length} bytes is over the bound")
-                header_end = start + PREFIX.size + header_length
-                end = header_end + body_length
-                if len(buffer) < end:
-                    break
-                with memoryview(buffer) as view:
+            with memoryview(source) as view:
+                while size - start >= PREFIX.size:
+                    header_length, body_length = PREFIX.unpack_from(view, start)
+                    if header_length > HEADER_BYTES_MAX or body_length > BODY_BYTES_MAX:
+                        raise WireError(f"frame of {header_length} + {body_length} bytes is over the bound")
+                    header_end = start + PREFIX.size + header_length
+                    end = header_end + body_length
+                    if size < end:
+                        break
                     try:
                         message = self._decoder.decode(view[start + PREFIX.size : header_end])
                     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                         raise WireError(f"not a message: {error}") from None
                     body = bytes(view[header_end:end])
-                start = end
-                yield message, body
+                    start = end
+                    yield message, body
         finally:
-            del buffer[:start]
+            if source is self._buffer:
+                del self._buffer[:start]
+            elif start < size:
+                self._buffer += memoryview(data)[start:]

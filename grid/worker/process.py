@@ -21,6 +21,8 @@ from grid.worker import memory, progress
 
 RECEIVE_BYTES = 256 << 10
 """One read of a channel."""
+_INPUT = bytearray(RECEIVE_BYTES)
+"""Where all reads go, one after the other: a fresh buffer for each costs several times what a small frame does."""
 JOIN_BYTES_MAX = 64 << 10
 """Bodies up to this are copied behind their header: one system call, one small copy."""
 OUT_BYTES_MAX = 4 << 20
@@ -60,6 +62,7 @@ class Child:
         self._prints_bytes = 0
         self._prints_taken = trio.Event()
         self._reading: trio.CancelScope | None = None
+        self._drained = False  # the last read took all there was
         self._linger_until: float | None = None
         self._ended = False
         self._pipes_open = 0
@@ -70,6 +73,7 @@ class Child:
         self._out_drained = trio.Event()
         self._cell = cell
         self._stages: dict[int, int] = {}  # ticket → stage of the Runs sent and not finished
+        self._finished = (-1, -1)  # ticket and stage of the Run finished last: its prints may come after it
 
     # ---- frames ------------------------------------------------------------------------------------------------------
 
@@ -165,7 +169,7 @@ class Child:
             if self._frames:
                 message, body = self._frames.popleft()
                 if type(message) in _ENDS and message.final:
-                    self._stages.pop(message.ticket, None)
+                    self._finished = message.ticket, self._stages.pop(message.ticket, -1)
                 return message, body
             if self._ended:
                 self.close()
@@ -175,26 +179,31 @@ class Child:
             self._reading = None
 
     async def _read(self) -> None:
-        try:
-            data = self._socket.recv(RECEIVE_BYTES)
-        except BlockingIOError:
+        """Take in what the socket has, waiting for it if it was empty. One checkpoint, always."""
+        if self._drained:
+            self._drained = False
             try:
                 await trio.lowlevel.wait_readable(self._socket)
             except trio.ClosedResourceError:
-                data = b""
-            else:
-                return
+                pass
+        else:
+            await trio.lowlevel.checkpoint()
+        try:
+            size = self._socket.recv_into(_INPUT)
+        except BlockingIOError:
+            self._drained = True
+            return
         except OSError:
-            data = b""
-        if not data:
+            size = 0
+        self._drained = 0 < size < RECEIVE_BYTES
+        if not size:
             self._linger_until = trio.current_time() + (LINGER_S if self._pipes_open else 0.0)
             return
         try:
-            self._frames.extend(self._reader.feed(data))
+            self._frames.extend(self._reader.feed(memoryview(_INPUT)[:size]))
         except wire.WireError:
             self.kill("protocol")
             self._linger_until = trio.current_time()
-        await trio.lowlevel.checkpoint()
 
     async def _linger(self) -> None:
         """The channel has ended: wait for the last prints."""
@@ -247,7 +256,8 @@ class Child:
         if self._cell is None:
             return -1, -1
         index, _, ticket, last = progress.CELL.unpack_from(self._cell)
-        return self._stages.get(ticket, -1), index if index >= 0 else last
+        stage = self._finished[1] if ticket == self._finished[0] else self._stages.get(ticket, -1)
+        return stage, index if index >= 0 else last
 
     def running_ticket(self) -> int:
         """Ticket of the Run that it works on or finished last; -1 before the first."""

@@ -109,7 +109,7 @@ class Log:
         self._send, self._receive = trio.open_memory_channel[tuple[float, list[Any]]](100_000)
         nursery.start_soon(self._commit)
 
-    def propose(self, facts: Sequence[Any]) -> int:
+    def propose(self, facts: Sequence[Any], patient: bool = False) -> int:
         self._sequence += len(facts)
         self._send.send_nowait((trio.current_time() + COMMIT_S, list(facts)))
         return self._sequence
@@ -122,7 +122,7 @@ class Log:
             self._committed += len(facts)
             self._bell.ring()
 
-    async def committed(self, sequence: int) -> None:
+    async def committed(self, sequence: int, patient: bool = False) -> None:
         while self._committed < sequence:
             await self._bell.wait()
 

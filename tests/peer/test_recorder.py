@@ -37,7 +37,7 @@ class FakeReplica:
         self.told = Bell()
         self.leading = True
 
-    def propose(self, facts: Sequence[Any]) -> int:
+    def propose(self, facts: Sequence[Any], patient: bool = False) -> int:
         if not self.leading:
             raise NotLeadingError("not here")
         self.facts += facts
@@ -47,7 +47,7 @@ class FakeReplica:
     async def room(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def committed(self, sequence: int) -> None:
+    async def committed(self, sequence: int, patient: bool = False) -> None:
         assert sequence == len(self.facts)
         await trio.lowlevel.checkpoint()
 
