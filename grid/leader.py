@@ -184,24 +184,22 @@ class Leader:
             self.site.hold(stage.index, Segment(at, count, length, refs), piece, blob, digest=digest)
             at += count
             offset += length
-        works = [Work(stage.index, lo, hi)]
-        if digests:
-            works = self._record(stage, lo, [(count, length) for count, length, _ in pieces], digests, data)
-        for work in works:
-            self._push(work, head=stage.parent is not None)
+        if digests and self.replaying is not None:
+            table = _table(pieces, digests)
+            for work in self._replay(self.replaying, stage, lo, table, data):
+                self._push(work, head=stage.parent is not None)
+        else:
+            self._push(Work(stage.index, lo, hi), head=stage.parent is not None)
+            if digests:  # a worker has begun meanwhile; what it says is heard after this call
+                self.recorder.segments(stage.index, lo, _table(pieces, digests), data)
         self._worked()
         self.changed()
 
-    def _record(
-        self, stage: StageState, lo: int, pieces: list[tuple[int, int]], digests: list[bytes], data: bytes | None
+    def _replay(
+        self, replaying: Replaying, stage: StageState, lo: int, table: list[tuple[int, int, bytes]], data: bytes | None
     ) -> list[Work]:
-        """Tell the log of a page; returns what of it must run."""
-        table = [(count, size, digest) for (count, size), digest in zip(pieces, digests, strict=True)]
-        if self.replaying is not None:
-            works = self.replaying.declare(stage, lo, table, data)
-        else:
-            self.recorder.segments(stage.index, lo, table, data)
-            works = [Work(stage.index, lo, stage.declared)]
+        """Find a page in the record; returns what of it must run."""
+        works = replaying.declare(stage, lo, table, data)
         for listener in self.declared_listeners:
             listener(stage.index)  # results that came before their tasks were declared settle some of them
         return [Work(stage.index, *part) for work in works for part in stage.settled.gaps(work.lo, work.hi)]
@@ -322,16 +320,25 @@ class Leader:
         if isinstance(body, FileSlice):
             body.file.owners += len(new) - 1
         count = 0
+        deliver_first = isinstance(body, bytes)  # the driver can go on meanwhile; a file would be its own then
+        if deliver_first:
+            self._deliver(stage, new, first, body)
         for a, b in new:
             share_us = elapsed_us * (b - a) // (hi - lo)
             self.recorder.done(stage, a, b, first, body, peer, share_us, stored)
-        for a, b in new:
-            self._owners[index].settle(stage, a, b, Item(body, a - first))
             count += b - a
+        if not deliver_first:
+            self._deliver(stage, new, first, body)
+        for a, b in new:
             self._settled(stage, a, b, elsewhere=peer != self.me, by=peer)
         tally.done += count
         self.changed()
         return count
+
+    def _deliver(self, stage: StageState, new: list[tuple[int, int]], first: int, body: Body) -> None:
+        """Give results to who made the stage. What it says next is heard after this call: the facts still come first."""
+        for a, b in new:
+            self._owners[stage.index].settle(stage, a, b, Item(body, a - first))
 
     def recorded(self, stage: StageState, lo: int, hi: int, skip: int, body: Body, peer: bytes) -> None:
         """Tasks [lo, hi) were done in an earlier epoch: their results are the body's values after the first `skip`."""
@@ -448,6 +455,11 @@ class Leader:
     def unsettled(self) -> int:
         """Tasks declared and not settled."""
         return sum(stage.unsettled for stage in self.ledger.stages)
+
+
+def _table(pieces: list[tuple[int, int, tuple[bytes, ...]]], digests: list[bytes]) -> list[tuple[int, int, bytes]]:
+    """(count, size, BLAKE3) a segment."""
+    return [(count, size, digest) for (count, size, _), digest in zip(pieces, digests, strict=True)]
 
 
 def post_body(spool: bodies.Spool, post: Callable[[wire.ToChild, bytes], None], message: wire.ToChild, body: Body) -> None:

@@ -95,8 +95,8 @@ def releases_early() -> AbstractContextManager[None]:
     """A leader shows the driver's output when it is written, not when the facts behind it are final."""
     propose: Callable[..., int] = Replica.propose
 
-    def early(self: Any, proposed: Any) -> int:
-        number = propose(self, proposed)
+    def early(self: Any, proposed: Any, patient: bool = False) -> int:
+        number = propose(self, proposed, patient)
         held = self._hooks.held.get(self.job)
         for fact in proposed:
             if isinstance(fact, Output) and held is not None:

@@ -61,7 +61,8 @@ class Child:
         self._prints: deque[tuple[Any, bytes]] = deque()
         self._prints_bytes = 0
         self._prints_taken = trio.Event()
-        self._reading: trio.CancelScope | None = None
+        self._lingering: trio.CancelScope | None = None
+        self._reading = False  # somebody waits for the socket
         self._drained = False  # the last read took all there was
         self._linger_until: float | None = None
         self._ended = False
@@ -129,7 +130,8 @@ class Child:
                     try:
                         await trio.lowlevel.wait_writable(self._socket)
                     except trio.ClosedResourceError:
-                        break
+                        if self._socket.fileno() < 0:
+                            break
                     continue
                 except OSError:
                     break
@@ -174,18 +176,23 @@ class Child:
             if self._ended:
                 self.close()
                 raise StopAsyncIteration
-            with trio.CancelScope() as self._reading:
-                await (self._read() if self._linger_until is None else self._linger())
-            self._reading = None
+            if self._linger_until is None:
+                await self._read()
+            else:
+                with trio.CancelScope() as self._lingering:
+                    await self._linger()
+                self._lingering = None
 
     async def _read(self) -> None:
         """Take in what the socket has, waiting for it if it was empty. One checkpoint, always."""
         if self._drained:
-            self._drained = False
+            self._drained, self._reading = False, True
             try:
                 await trio.lowlevel.wait_readable(self._socket)
             except trio.ClosedResourceError:
-                pass
+                pass  # or there is a print (`_wake_reader`)
+            finally:
+                self._reading = False
         else:
             await trio.lowlevel.checkpoint()
         try:
@@ -235,12 +242,18 @@ class Child:
                     stage, index = self.running()
                     self._prints.append((wire.Print(stage, index, fd), bytes(data)))
                     self._prints_bytes += len(data)
-                    if self._reading is not None:
-                        self._reading.cancel()
+                    self._wake_reader()
         finally:
             self._pipes_open -= 1
             if not self._pipes_open:
                 self._pipes_ended.set()
+
+    def _wake_reader(self) -> None:
+        """There is something for whoever iterates `frames`. Cheaper for each frame than a cancel scope of its own would be."""
+        if self._lingering is not None:
+            self._lingering.cancel()
+        elif self._reading and self._socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)  # it isn't closed: who waits for it looks again
 
     # ---- what it does ------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ class Log:
         self.chronicle = chronicle
         self.facts: list[Any] = []
 
-    def propose(self, facts: Sequence[Any]) -> int:
+    def propose(self, facts: Sequence[Any], patient: bool = False) -> int:
         for fact in facts:
             self.chronicle.apply(fact)
         self.facts += facts

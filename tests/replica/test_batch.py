@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from grid.core import facts
 from grid.core.facts import AnyFact, Output, Told
 from grid.core.raft_limits import ENTRY_BYTES_MAX
-from grid.replica_batch import BATCH_BYTES, BATCH_DELAY_S, BUSY_RETRY_S, Batch
+from grid.replica_batch import BATCH_BYTES, BATCH_DELAY_S, BUSY_RETRY_S, PATIENCE_S, Batch
 
 
 def told(count: int, size: int = 1) -> list[AnyFact]:
@@ -29,6 +29,40 @@ def test_the_first_facts_leave_at_once_and_the_next_wait_for_company() -> None:
     assert batch.due_s() == 10.0 + BATCH_DELAY_S
     batch.applied(2)
     assert batch.committed == 3
+    assert batch.due_s() == -math.inf
+
+
+def test_facts_that_nobody_waits_for_wait_for_company() -> None:
+    batch = Batch()
+    batch.add(told(1), 10.0, patient=True)
+    batch.add(told(1), 10.1, patient=True)
+    assert batch.due_s() == 10.0 + PATIENCE_S, "none longer than the first"
+    batch.add(told(1), 10.1)
+    assert batch.due_s() == -math.inf, "they leave with one that is waited for"
+    batch.proposed(2, batch.entries())
+    batch.add(told(1), 20.0, patient=True)
+    assert batch.due_s() == 20.0 + PATIENCE_S
+
+
+def test_who_waits_for_a_fact_hurries_it() -> None:
+    batch = Batch()
+    number = batch.add(told(2), 10.0, patient=True)
+    assert batch.waits(number)
+    assert not batch.waits(0)
+    batch.hurry(10.0)
+    assert batch.due_s() == -math.inf
+    batch.proposed(2, batch.entries())
+    assert not batch.waits(number)
+    batch.hurry(10.0)
+    assert batch.due_s() == math.inf, "nothing waits here any more"
+    batch.add(told(1), 10.0, patient=True)
+    batch.hurry(10.1)
+    assert batch.due_s() == 10.1 + BATCH_DELAY_S, "behind what is on its way"
+
+
+def test_many_patient_facts_fill_a_batch() -> None:
+    batch = Batch()
+    batch.add(told(3, BATCH_BYTES // 2), 0.0, patient=True)
     assert batch.due_s() == -math.inf
 
 
