@@ -35,9 +35,10 @@ def first_segment(record: StageRecord) -> tuple[int, bytes] | None:
     return None if piece is None else (piece.count, piece.digest)
 
 
-def settled_count(record: StageRecord) -> int:
-    left = record.left_results.count if record.left_results is not None else 0
-    return record.results.count + left + len(record.failures)
+def known_count(record: StageRecord) -> int:
+    """Tasks of which something is recorded, be it only that no copy of their results is left: their turns are to be taken."""
+    tables = (record.results, record.left_results, record.lost)
+    return sum(table.count for table in tables if table is not None) + len(record.failures)
 
 
 def pieces(record: StageRecord, lo: int = 0, hi: int = limits.TASKS_MAX) -> list[Piece]:

@@ -22,7 +22,7 @@ from grid.api.serialize import CALL
 from grid.core import limits
 from grid.core.bundle import StageOptions
 from grid.core.chronicle import Chronicle
-from grid.core.entries import Entry, entries, first_segment, pieces, settled_count
+from grid.core.entries import Entry, entries, first_segment, known_count, pieces
 from grid.core.facts import RangeDone, Stored, TaskFailed
 from grid.core.items import Keys, kind_of
 from grid.core.order import Offer, Order
@@ -188,7 +188,7 @@ class Replay:
             return False
         function, _, parent = self._kinds[stage]
         return self._passed.get((function, parent), 0) > 0 or any(
-            settled_count(self._stages[index]) > (self._used[index].count if index in self._used else 0)
+            known_count(self._stages[index]) > (self._used[index].count if index in self._used else 0)
             for index in self._siblings[function, False, parent]
             if index != stage
         )

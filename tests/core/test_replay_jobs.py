@@ -261,6 +261,18 @@ TestLeaders = Leaders.TestCase
 TestLeaders.settings = settings(deadline=None, max_examples=400, stateful_step_count=8)
 
 
+def test_call_without_a_result_takes_the_turn_of_an_equal_one_that_was_lost() -> None:
+    """The second of three equal calls is recorded alike, but at a place that never had a result; two others' were lost."""
+    leaders = Leaders()
+    leaders.job([("f", 0), ("f", 0), ("g", 1), ("g", 1), ("g", 1)])
+    leaders.lead(95148, True)
+    leaders.lead(0, False)
+    leaders.lose(0)
+    leaders.lose(8192)
+    leaders.lead(3142732, True)
+    assert len(leaders.history) == 5
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_many_leaders_in_a_row(seed: int) -> None:
     """Longer jobs than Hypothesis comes to."""
