@@ -40,20 +40,18 @@ class GridFuture(concurrent.futures.Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """As concurrent.futures.Future.result."""
-        self._hurry(timeout)
-        return super().result(0 if timeout is not None and timeout <= 0 else timeout)
+        return super().result(self._hurry(timeout))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """As concurrent.futures.Future.exception."""
-        self._hurry(timeout)
-        return super().exception(timeout)
+        return super().exception(self._hurry(timeout))
 
-    def _hurry(self, timeout_s: float | None) -> None:
-        if self.done():
-            return
-        self._stage.flush()
-        if self._stage.session.worker:
+    def _hurry(self, timeout_s: float | None) -> float:
+        """Send the call, wait. Returns how long to wait after that: no longer."""
+        if not self.done():
+            self._stage.flush()
             self._stage.session.wait(self._condition, self.done, timeout_s)
+        return 0
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], object]) -> None:
         """As concurrent.futures.Future.add_done_callback."""

@@ -2,9 +2,7 @@
 
 Rules this file keeps:
 
-- a driver has a reader thread. A worker has none until it needs one: there the main thread, which runs the tasks, reads
-  while it waits (`pump`), and `next_frame` gives the worker's own loop what is not for us. The first wait in another
-  thread, or the first callback on a future, starts a reader for good;
+- who reads the channel, `grid.api.reading` decides; `next_frame` gives a worker's own loop what is not for us;
 - stages are told of what arrives by whoever read it, and never under the session's lock;
 - a channel that is lost fails everything that waits, once, with one line.
 
@@ -20,12 +18,13 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from grid.api import places, serialize, wire
 from grid.api.channel import Channel, ChannelClosed
 from grid.api.errors import GridError
+from grid.api.reading import Reading
 from grid.api.replay import Cuts, Record
 
 if TYPE_CHECKING:
@@ -37,9 +36,6 @@ FLUSH_S = 0.002
 """How long a submitted call may wait for company when nobody waits for its result."""
 TICK_S = 0.005
 """How long an item may wait while the generator it came from is slow to give the next."""
-PUMP_STEP_S = 0.05
-"""How late who pumps may notice that another thread took over reading; between tasks, when nothing waits, IDLE_STEP_S."""
-IDLE_STEP_S = 1.0
 FUNCTIONS_MAX = 1024
 """Functions remembered by content, so that mapping the same one again doesn't send it again."""
 UNREAD_MAX = 16
@@ -62,11 +58,8 @@ class Session:
         self.closing = False
         self._on_other = on_other
         self._lock = threading.Lock()
-        self._main = threading.main_thread()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._reader: threading.Thread | None = None
-        self.pumping = threading.RLock()
-        """Held by who reads the channel: two readers could each take the frame that the other one waits for."""
+        self.reading = Reading(self, channel, self._take)
         self._stages: dict[int, Stage] = {}
         self._stage_count = 0
         self._occurrence_task = self.task
@@ -83,7 +76,6 @@ class Session:
         self._bursts: dict[Stage, None] = {}
         self._feeding: dict[Stage, None] = {}
         self._unread: list[Stage] = []
-        self._waits = 0
         self._comparisons: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
         self._comparer: threading.Thread | None = None
         self._record: Record | None = None
@@ -96,22 +88,11 @@ class Session:
 
     def start_reader(self) -> None:
         """Read the channel in a thread of its own from now on."""
-        with self._lock:
-            if self._reader is not None or self.error is not None:
-                return
-            self._reader = threading.Thread(target=self._read, name="grid-reader", daemon=True)
-            self._reader.start()
+        self.reading.start()
 
-    def _read(self) -> None:
-        try:
-            with self.pumping:
-                pass  # who pumps has seen us and leaves
-            while True:
-                message, body = self.channel.receive()
-                if not self.dispatch(message, body):
-                    self._hand_on(message, body)
-        except (ChannelClosed, wire.WireError) as error:
-            self.lose(error)
+    def _take(self, message: Any, body: Any) -> None:
+        if not self.dispatch(message, body):
+            self._hand_on(message, body)
 
     def _hand_on(self, message: Any, body: Any) -> None:
         if self._on_other is not None:
@@ -122,7 +103,7 @@ class Session:
     def next_frame(self) -> tuple[Any, bytes | bytearray]:
         """Wait for the next frame that is the worker's own (Function, Run, Stop...). Raises ChannelClosed."""
         while True:
-            if self._reader is not None or not self._inbox.empty():
+            if self.reading.thread is not None or not self._inbox.empty():
                 item = self._inbox.get()
                 if isinstance(item, BaseException):
                     self._inbox.put(item)
@@ -212,63 +193,11 @@ class Session:
 
         In a worker's main thread the task's slot is given up meanwhile.
         """
-        with condition:
-            if ready():
-                return True
-        if not self.worker:
-            with condition:
-                return bool(condition.wait_for(ready, timeout_s))
-        main = threading.current_thread() is self._main
-        if not main:
-            self.start_reader()
-            with condition:
-                return bool(condition.wait_for(ready, timeout_s))
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        with self.blocking():
-            if not self.pump(ready, deadline):
-                with condition:
-                    left = None if deadline is None else deadline - time.monotonic()
-                    return bool(condition.wait_for(ready, left))
-            return True
+        return self.reading.wait(condition, ready, timeout_s)
 
     def pump(self, until: Callable[[], object], deadline: float | None = None) -> bool:
         """Read and dispatch frames in this thread until `until()`; False at the deadline or when a reader took over."""
-        if self._reader is not None:
-            return bool(until())
-        with self.pumping:
-            while not until():
-                if self._reader is not None or self.error is not None:
-                    return bool(until())
-                step_s = PUMP_STEP_S if self._waits else IDLE_STEP_S
-                left_s = step_s if deadline is None else deadline - time.monotonic()
-                if not self.channel.ready(min(step_s, max(0.0, left_s))):
-                    if left_s <= 0:
-                        return bool(until())
-                    continue
-                try:
-                    message, body = self.channel.receive()
-                except (ChannelClosed, wire.WireError) as error:
-                    self.lose(error)
-                    return bool(until())
-                if not self.dispatch(message, body):
-                    self._hand_on(message, body)
-            return True
-
-    @contextlib.contextmanager
-    def blocking(self) -> Iterator[None]:
-        """In a worker's main thread: the running task waits meanwhile, its slot is free. Elsewhere nothing."""
-        if not self.worker or threading.current_thread() is not self._main:
-            yield
-            return
-        self._waits += 1
-        if self._waits == 1:
-            self.send(wire.Waiting(True))
-        try:
-            yield
-        finally:
-            self._waits -= 1
-            if not self._waits and self.error is None:
-                self.send(wire.Waiting(False))
+        return self.reading.pump(until, deadline)
 
     # ---- sending -----------------------------------------------------------------------------------------------------
 

@@ -129,12 +129,16 @@ class Chronicle:
             end += count
         if fact.first < 0 or end > limits.TASKS_MAX:
             return False
-        before = stage.weight
-        self._void(stage, fact.first, end)
+        if stage.left_segments is not None or not stage.segments.is_free(fact.first, end):
+            before = stage.weight
+            self._void(stage, fact.first, end)
+            self.inline_bytes += stage.weight - before
         if stage.total is not None and end > stage.total:
             stage.total = None
         total = sum(size for _, size, _ in fact.pieces)
         given = fact.arguments if _length(fact.arguments) == total else None
+        if isinstance(given, bytes):
+            self.inline_bytes += total
         at, offset = fact.first, 0
         for count, size, digest in fact.pieces:
             arguments = _part(given, offset, size)
@@ -144,7 +148,6 @@ class Chronicle:
         stage.declared.add(fact.first, end)
         if stage.cancelled:
             stage.cancelled_ranges.add(fact.first, end)
-        self.inline_bytes += stage.weight - before
         return True
 
     def _closed(self, fact: facts.StageClosed) -> bool:

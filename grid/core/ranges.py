@@ -40,6 +40,15 @@ class RangeSet:
 
     def add(self, lo: int, hi: int) -> list[Range]:
         """Add [lo, hi); return what was missing before, in order."""
+        highs = self._highs
+        if lo < hi and (not highs or lo >= highs[-1]):  # behind all there is, as tasks mostly come
+            if highs and lo == highs[-1]:
+                highs[-1] = hi
+            else:
+                self._lows.append(lo)
+                highs.append(hi)
+            self._count += hi - lo
+            return [(lo, hi)]
         added = self.gaps(lo, hi)
         if not added:
             return added

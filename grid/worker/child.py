@@ -116,11 +116,11 @@ class Worker:
 
     def _take_waiting(self) -> None:
         """Called by the clock while a task runs: take the frames that are there, unless the task pumps itself."""
-        if self._session.pumping.acquire(blocking=False):
+        if self._session.reading.lock.acquire(blocking=False):
             try:
                 self._session.pump(_never, 0.0)
             finally:
-                self._session.pumping.release()
+                self._session.reading.lock.release()
 
     def _take(self, message: Any, body: Any) -> None:
         """Take a frame that is none of the session's, in whichever thread read it."""

@@ -29,7 +29,7 @@ def test_nested_map_and_submit(worker: FakePeer) -> None:
     assert grid.submit(square, 5).result() == 25
     stages = worker.of(wire.Stage)
     assert [(s.parent_stage, s.parent_index, s.occurrence) for s in stages] == [(4, 17, 0), (4, 17, 1)]
-    assert current()._reader is None, "no thread was needed"
+    assert current().reading.thread is None, "no thread was needed"
     assert current().nested
 
 
@@ -58,7 +58,7 @@ def test_wait_and_as_completed_read_the_channel(worker: FakePeer) -> None:
     assert not pending
     more = [grid.submit(square, x) for x in range(20)]
     assert sorted(f.result() for f in concurrent.futures.as_completed(more, 20)) == [x * x for x in range(20)]
-    assert current()._reader is None
+    assert current().reading.thread is None
     assert worker.of(wire.Waiting)
 
 
