@@ -30,7 +30,7 @@ class Spare:
         """What this end needs the connection for, silent as it may be: KEPT, IN_USE or 0."""
         if remote.wanted:
             return KEPT
-        return IN_USE if remote.pending or remote.called or self._in_use(remote.id) else 0
+        return IN_USE if remote.pending or remote.called is not None or self._in_use(remote.id) else 0
 
     def thin(self, now: float) -> None:
         """Let go of those that were silent for very long, and of the longest silent that are too many."""

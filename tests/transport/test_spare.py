@@ -115,6 +115,20 @@ async def test_request_under_way_holds_its_connection(autojump_clock: Clock, mem
         nursery.cancel_scope.cancel()
 
 
+async def test_call_for_blobs_holds_its_connection(autojump_clock: Clock, memory_world: World, grid: Grid) -> None:
+    """The other end was asked to dial with blobs, and has not yet."""
+    async with peers(memory_world, grid, 5) as (one, two, *others):
+        await one.mesh.connect(two.id)
+        one.mesh._remotes[two.id].called = trio.Event()
+        for other in others:
+            await one.mesh.connect(other.id)
+        await trio.sleep(LONG_S)
+        assert two.id in connected(one)
+        one.mesh._remotes[two.id].called = None
+        await trio.sleep(LONG_S)
+        assert two.id not in connected(one)
+
+
 async def test_closed_one_is_dialled_again_when_needed(autojump_clock: Clock, memory_world: World, grid: Grid) -> None:
     async with peers(memory_world, grid, 5) as (one, two, *others):
         await one.mesh.send(two.id, b"first")
