@@ -1,11 +1,16 @@
-"""`python -m benchmarks rivals|limits|scale`; the other programs have modules of their own (README.md)."""
+"""`python -m benchmarks rivals|limits|scale|shapes`; the other programs have modules of their own (README.md)."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-PROGRAMS = {"rivals": "benchmarks.rivals.program", "limits": "benchmarks.limits", "scale": "benchmarks.scale"}
+PROGRAMS = {
+    "rivals": "benchmarks.rivals.program",
+    "limits": "benchmarks.limits",
+    "scale": "benchmarks.scale",
+    "shapes": "benchmarks.shapes",
+}
 
 
 def main() -> None:

@@ -113,16 +113,20 @@ class Reading:
 
     # ---- waiting ----
 
-    def wait(self, condition: threading.Condition, ready: Ready, timeout_s: float | None) -> bool:
-        """Block until `ready()`, checked under `condition`, at most `timeout_s` seconds; return whether it is."""
+    def wait(self, condition: threading.Condition, ready: Ready, timeout_s: float | None, for_peer: bool = False) -> bool:
+        """Block until `ready()`, checked under `condition`, at most `timeout_s` seconds; return whether it is.
+
+        In a worker's main thread the task's slot is given up meanwhile, unless the wait is for the peer alone (`for_peer`): other
+        workers in its place would soon wait for the same.
+        """
         with condition:
             if ready():
                 return True
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if self._session.worker:
             if threading.current_thread() is self._main:
-                with self.blocking():
-                    return self.pump(ready, deadline) or self._wait(condition, ready, deadline)
+                with contextlib.nullcontext() if for_peer else self.blocking():
+                    return self.pump(ready, deadline, PUMP_STEP_S) or self._wait(condition, ready, deadline)
             self.start()
         elif self._lent and self._borrow(ready, deadline):
             return True
@@ -137,15 +141,14 @@ class Reading:
         finally:
             self._waiting.pop(key, None)
 
-    def pump(self, until: Ready, deadline: float | None = None) -> bool:
-        """Read in this thread until `until()`; False at the deadline or when a reader took over."""
+    def pump(self, until: Ready, deadline: float | None = None, step_s: float = IDLE_STEP_S) -> bool:
+        """Read in this thread until `until()`; False at the deadline or when a reader took over, noticed after `step_s`."""
         if self.thread is not None:
             return bool(until())
         with self.lock:
             while not until():
                 if self.thread is not None or self._session.error is not None:
                     return bool(until())
-                step_s = PUMP_STEP_S if self._waits else IDLE_STEP_S
                 left_s = step_s if deadline is None else deadline - time.monotonic()
                 if not self._channel.ready(min(step_s, max(0.0, left_s))):
                     if left_s <= 0:

@@ -220,7 +220,7 @@ class Session:
             self._requests[number] = None
         try:
             self.send(make(number), *buffers)
-            self.wait(self._replied, lambda: self._requests[number] is not None or self.error is not None)
+            self.reading.wait(self._replied, lambda: self._requests[number] or self.error, None, for_peer=True)
         finally:
             with self._replied:
                 reply = self._requests.pop(number)

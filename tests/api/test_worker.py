@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,15 @@ def test_waiting_gives_the_slot_up_and_takes_it_back(worker: FakePeer) -> None:
     assert future.result(20) == 4
     worker.wait_for(lambda: len(worker.of(wire.Waiting)) == 2)
     assert [message.blocked for message in worker.of(wire.Waiting)] == [True, False]
+
+
+def test_waiting_for_the_peer_keeps_the_slot(worker: FakePeer) -> None:
+    """Others started in its place would ask for the same blob and wait, too: hundreds of processes for one fetch."""
+    ref = grid.put(os.urandom(wire.INLINE_BYTES_MAX + 1))  # nobody has loaded it in this process
+    assert len(ref.get()) == wire.INLINE_BYTES_MAX + 1
+    assert worker.of(wire.Put)
+    assert worker.of(wire.Fetch)
+    assert not worker.of(wire.Waiting)
 
 
 def test_wait_and_as_completed_read_the_channel(worker: FakePeer) -> None:
