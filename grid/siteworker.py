@@ -97,7 +97,8 @@ class SiteWorker:
         else:
             data = body
         first, attempt = held.segment.first, stage.attempts.get(ticket.lo, 0)
-        self.post(wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path), data)
+        timed = bool(stage.options.task_timeout_s)
+        self.post(wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed), data)
 
     def wait(self, blocked: bool) -> None:
         """Its task began or ended a wait for children."""

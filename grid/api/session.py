@@ -415,10 +415,15 @@ _current: Session | None = None
 _starting = threading.RLock()
 
 
-def attach(channel: Channel, setup: wire.Setup, on_other: Callable[[Any, Any], None] | None = None) -> Session:
+def attach(
+    channel: Channel,
+    setup: wire.Setup,
+    on_other: Callable[[Any, Any], None] | None = None,
+    make: Callable[..., Session] = Session,
+) -> Session:
     """Make this process's session: its first frame was `setup`."""
     global _current
-    _current = Session(channel, setup, on_other)
+    _current = make(channel, setup, on_other)
     return _current
 
 

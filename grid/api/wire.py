@@ -82,6 +82,7 @@ class Run(Message, tag=3, frozen=True):
     """Run tasks [lo, hi) of a stage; body (or the file at path): one segment whose first item is task `first`.
 
     A worker answers with any number of Done / Failed that together cover [lo, hi) exactly once, the last one `final`.
+    `timed`: the progress cell tells when each task began, for its time is limited.
     """
 
     ticket: int
@@ -92,6 +93,7 @@ class Run(Message, tag=3, frozen=True):
     hi: int
     attempt: int = 0
     path: str = ""
+    timed: bool = False
 
 
 class Result(Message, tag=4, frozen=True):

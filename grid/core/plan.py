@@ -1,7 +1,7 @@
 """How much work goes where at once: the pace of each stage as measured, and the grain that follows from it.
 
 Rules: the grain aims at GRAIN_S of work a bundle; an unknown pace starts with one task and grows at most GROWTH-fold; near
-the end every worker gets a share. Deterministic; no clock: durations are arguments.
+the end every worker gets a share, but none shorter than what handing it out costs. Deterministic; no clock: durations are arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from grid.core import limits
 
 GROWTH: Final = 16
 """A new bundle has at most so many times the tasks of the largest one measured: one lucky short task proves little."""
+SHARE_S_MIN: Final = 0.0005
+"""A share near a stage's end is worth at least so much work: two processes wake up for it and two messages are sent, which
+costs about as much. Smaller ones balanced less than they cost."""
 DECAY: Final = 0.7
 """Weight that earlier measurements keep when a new one of GRAIN_S comes in: the pace follows a stage whose tasks change."""
 
@@ -57,5 +60,5 @@ class Pace:
         if per_task_s is None:
             return 1
         wanted = limits.GRAIN_S / per_task_s
-        fair = ceil(remaining / (2 * max(workers, 1)))
+        fair = max(ceil(remaining / (2 * max(workers, 1))), SHARE_S_MIN / per_task_s)
         return max(1, int(min(wanted, fair, self.largest * GROWTH, limits.GRAIN_TASKS_MAX, remaining)))

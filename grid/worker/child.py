@@ -4,7 +4,8 @@ Rules this file keeps:
 
 - what is received while a task runs (by its nested calls, or by the clock when the task takes long) is queued;
 - each Run is answered exactly once in full (reporting.py), whatever its tasks do short of ending the process;
-- the work for a trivial task stays well under a microsecond: nothing is hashed, locked or sent for a single one;
+- the work for a trivial task stays near a tenth of a microsecond: nothing is hashed, locked, sent or timed for a single one,
+  unless its stage limits its tasks' time;
 - when the peer is gone, so is the worker.
 """
 
@@ -22,7 +23,9 @@ import threading
 import time
 import types
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 from grid.api import serialize, session, wire
@@ -38,6 +41,11 @@ IDLE_TICKS: Final = 10
 """Then the clock stops until there is work again."""
 SEGMENTS_KEPT: Final = 2
 """Segments of which parts were run: the next bundle most likely is the rest of one."""
+LOOK_NS: Final = 500_000
+"""About how often the loop over tasks looks at the clock, to flush what is due: it tries so many tasks more, or fewer, each time.
+Where tasks turn slow in between, the clock thread flushes."""
+LOOK_GROWTH: Final = 4
+LOOK_TASKS_MAX: Final = 1024
 _USED: Final = object()
 
 
@@ -88,7 +96,7 @@ class Worker:
         self._busy = False
         self._clock_runs = threading.Event()
         self._seeder = Seeder(setup.seed)
-        self._session = session.attach(channel, setup, self._take)
+        self._session = session.attach(channel, setup, self._take, partial(_TaskSession, cell))
         self._prints = Prints(channel.send, lambda: self._session.task)
         self._prints.install()
         self._reporter = Reporter(self._session, self._prints)
@@ -162,7 +170,7 @@ class Worker:
     def _run(self, run: wire.Run, body: Any) -> None:
         reporter = self._reporter
         reporter.begin(run)
-        self._session.task = (run.stage, run.lo, run.attempt)
+        self._session.task = (run.stage, run.lo, run.attempt)  # of what its function and arguments run as they are loaded
         self._cell[2] = run.ticket
         try:
             function = self._function(run.fn)
@@ -176,23 +184,35 @@ class Worker:
             return
         del body
         self._run_tasks(run, call, items)
+        self._session.task = (run.stage, run.hi - 1, run.attempt)
         self._cell[3] = run.hi - 1
         self._cell[0] = -1
         reporter.flush()
 
     def _run_tasks(self, run: wire.Run, call: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        cell, seeder, reporter, current = self._cell, self._seeder, self._reporter, self._session
-        stage, attempt, tiny, clock = run.stage, run.attempt, reporter.tiny, time.monotonic_ns
-        append = tiny.append
-        for index, item in enumerate(items, run.lo):
+        cell, reporter, tiny, clock = self._cell, self._reporter, self._reporter.tiny, time.monotonic_ns
+        tasks = enumerate(items, run.lo)
+        left, step, looked_ns = len(items), 1, 0
+        while left:
             now_ns = clock()
             if now_ns >= reporter.flush_at_ns or len(tiny) >= TINY_MAX:
                 reporter.flush(now_ns)
+            if not run.timed:
+                step = _next_step(step, now_ns - looked_ns if looked_ns else LOOK_NS)
+                looked_ns = now_ns
+            count = min(step, left, TINY_MAX - len(tiny))
+            left -= count
             cell[1] = now_ns  # before the index: whoever reads between the two sees too young a task, never too old a one
+            self._run_some(islice(tasks, count), call)
+
+    def _run_some(self, tasks: Iterable[tuple[int, Any]], call: Callable[[Any], Any]) -> None:
+        """All that is done for each task."""
+        cell, seeder, reporter, current, tiny_types = self._cell, self._seeder, self._reporter, self._session, TINY
+        append = reporter.tiny.append
+        for index, item in tasks:
             cell[0] = index
-            current.task = (stage, index, attempt)
             if seeder.active:
-                seeder.seed(seeder.of(stage, index))
+                seeder.seed(seeder.of(current.task[0], index))
             try:
                 value = call(item)
                 if current.nested:
@@ -202,7 +222,7 @@ class Worker:
                     raise
                 self._failed(index, error)
                 continue
-            if type(value) in TINY:
+            if type(value) in tiny_types:
                 append(value)
             else:
                 reporter.keep(index, value)
@@ -268,6 +288,32 @@ class Worker:
                     continue
                 self._reporter.flush_stale()
                 self._take_waiting()
+
+
+class _TaskSession(session.Session):
+    """A worker's session. Which task runs is read from the progress cell: to say it twice would cost a trivial task a third."""
+
+    def __init__(self, cell: memoryview, *args: Any) -> None:
+        self._cell = cell
+        super().__init__(*args)
+
+    @property
+    def task(self) -> tuple[int, int, int]:
+        """(stage, index, attempt) of the task that runs; what was set while none does."""
+        stage, index, attempt = self._set
+        running = self._cell[0]
+        return stage, index if running < 0 else running, attempt
+
+    @task.setter
+    def task(self, value: tuple[int, int, int]) -> None:
+        self._set = value
+
+
+def _next_step(step: int, elapsed_ns: int) -> int:
+    """How many tasks to run until the next look at the clock, after `step` of them took so long."""
+    if elapsed_ns < LOOK_NS // LOOK_GROWTH:
+        return min(LOOK_TASKS_MAX, step * LOOK_GROWTH)
+    return max(1, step * LOOK_NS // elapsed_ns) if elapsed_ns > LOOK_NS else step
 
 
 class _Unloaded:

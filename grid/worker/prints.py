@@ -23,7 +23,7 @@ TASK_PRINT_BYTES_MAX: Final = 1 << 20
 TOO_MUCH: Final = b"\n[this task printed more than 1 MiB: the rest is dropped]\n"
 
 Tag = tuple[int, int, int]
-"""(stage, index, attempt) of the task that prints; a new object for each task."""
+"""(stage, index, attempt) of the task that prints."""
 
 
 class Prints:
@@ -52,7 +52,7 @@ class Prints:
         """Take what a task printed to descriptor `fd`."""
         with self._lock:
             tag = self._running()
-            if tag is not self._tag:
+            if tag != self._tag:
                 self.flush()
                 self._tag = tag
                 self._left = TASK_PRINT_BYTES_MAX

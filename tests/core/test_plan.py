@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grid.core import limits
-from grid.core.plan import GROWTH, Pace
+from grid.core.plan import GROWTH, SHARE_S_MIN, Pace
 
 
 def test_unknown_pace_starts_with_one_task() -> None:
@@ -39,9 +39,17 @@ def test_long_tasks_go_one_by_one() -> None:
 
 def test_near_the_end_every_worker_gets_a_share() -> None:
     pace = Pace()
-    pace.record(1000, 0.001)
+    pace.record(1000, 1.0)
     assert pace.grain(16, 4) == 2
     assert pace.grain(1, 4) == 1
+
+
+def test_no_share_is_smaller_than_what_handing_it_out_costs() -> None:
+    pace = Pace()
+    pace.record(1000, 0.001)
+    assert pace.grain(5000, 4) == 625
+    assert pace.grain(1600, 4) == SHARE_S_MIN * 1e6
+    assert pace.grain(16, 4) == 16
 
 
 def test_tasks_of_no_measurable_time() -> None:

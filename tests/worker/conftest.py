@@ -49,13 +49,14 @@ class Tasks:
         stage: int = 0,
         kind: int = serialize.ONE,
         attempt: int = 0,
+        timed: bool = False,
     ) -> int:
         """Send a Run; return its ticket."""
         self._tickets += 1
         parts, _ = serialize.dump_segment(items, kind)
         lo = first if lo is None else lo
         hi = first + len(items) if hi is None else hi
-        await self.child.send(wire.Run(self._tickets, stage, fn, first, lo, hi, attempt), *parts)
+        await self.child.send(wire.Run(self._tickets, stage, fn, first, lo, hi, attempt, "", timed), *parts)
         return self._tickets
 
     async def until(self, done: Callable[[Any, Any], bool]) -> Any:

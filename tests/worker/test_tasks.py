@@ -212,6 +212,52 @@ async def test_finished_results_do_not_wait_for_a_long_task(tasks: Tasks, tmp_pa
     assert tasks.results == {0: 0, 1: 1}
 
 
+async def test_slow_task_behind_thousands_of_quick_ones(tasks: Tasks, tmp_path: Path) -> None:
+    """The quick ones' results come while it runs; it is named as what runs, by the cell and by its own context."""
+    gate, count = str(tmp_path / "gate"), 5000
+
+    def task(x: int) -> int:
+        import os
+        import time
+
+        import grid
+
+        while x == 5000 and not os.path.exists(gate):
+            time.sleep(0.01)
+        return grid.context().task
+
+    await tasks.define(task)
+    ticket = await tasks.start(range(7, 7 + count + 10), first=7)
+    await tasks.until(lambda *_: count - 1 in tasks.results)
+    assert count not in tasks.results
+    assert tasks.child.running() == (0, count)
+    (tmp_path / "gate").touch()
+    await tasks.finish(ticket)
+    assert tasks.results == {index: index for index in range(7, 7 + count + 10)}
+
+
+async def test_timed_task_behind_quick_ones_has_its_own_start(tasks: Tasks, tmp_path: Path) -> None:
+    gate, count = str(tmp_path / "gate"), 3000
+
+    def task(x: int) -> int:
+        import os
+        import time
+
+        now_ns = time.monotonic_ns()
+        while x == 3000 and not os.path.exists(gate):
+            time.sleep(0.01)
+        return now_ns
+
+    await tasks.define(task)
+    ticket = await tasks.start(range(count + 1), timed=True)
+    await tasks.until(lambda *_: count - 1 in tasks.results)
+    await poll(lambda: tasks.child.progress()[0] == count)
+    started_ns = tasks.child.progress()[1]
+    (tmp_path / "gate").touch()
+    await tasks.finish(ticket)
+    assert tasks.results[count - 1] <= started_ns <= tasks.results[count]
+
+
 async def test_revoked_while_another_task_runs(tasks: Tasks, tmp_path: Path) -> None:
     gate = str(tmp_path / "gate")
 
