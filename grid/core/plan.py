@@ -1,7 +1,8 @@
 """How much work goes where at once: the pace of each stage as measured, and the grain that follows from it.
 
 Rules: the grain aims at GRAIN_S of work a bundle; an unknown pace starts with one task and grows at most GROWTH-fold; near
-the end every worker gets a share, but none shorter than what handing it out costs. Deterministic; no clock: durations are arguments.
+the end every worker gets a share, but none shorter than what handing it out costs. Deterministic; no clock: durations are
+arguments.
 """
 
 from __future__ import annotations

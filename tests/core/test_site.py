@@ -156,7 +156,7 @@ async def test_task_wider_than_the_machine_takes_all_of_it(make: Make) -> None:
 
 async def test_retried_task_runs_alone_with_its_attempt(make: Make) -> None:
     place = make()
-    known_pace(place, 1e-5)
+    known_pace(place, 1e-3)
     place.site.stages[0].attempts[5] = 2
     child = await started(place, 20)
     assert [(run.lo, run.hi, run.attempt) for run in child.runs][:3] == [(0, 5, 0), (5, 6, 2), (6, 10, 0)]
