@@ -92,10 +92,7 @@ class Crew:
                 worker.wait(message.blocked)
                 self._site.workshop.pump()
             case wire.Returned():
-                ticket = worker.tickets.pop(message.ticket, None)
-                if ticket is not None:
-                    self._requeue(ticket, ticket.lo, ticket.hi)
-                    self._site.workshop.pump()
+                self._returned(worker, message)
             case wire.Print():
                 self._site.uplink.printed(message, data)
             case wire.Ready():
@@ -133,6 +130,19 @@ class Crew:
         self._site.uplink.failure(ticket.stage, message, data)
         if message.final:
             self._site.workshop.pump()
+
+    def _returned(self, worker: SiteWorker, message: wire.Returned) -> None:
+        ticket = worker.tickets.get(message.ticket)
+        if ticket is None:
+            return
+        lo, hi = max(message.lo, ticket.at), ticket.hi
+        ticket.hi = min(lo, hi)
+        if ticket.at == ticket.hi:
+            del worker.tickets[ticket.number]
+        elif message.lo >= 0:  # so that no more of them are handed out than it is worth
+            self._site.stages[ticket.stage].pace.record(ticket.hi - ticket.at, max(0, message.elapsed_us) / 1e6)
+        self._requeue(ticket, lo, hi)
+        self._site.workshop.pump()
 
     def _progress(self, worker: SiteWorker, ticket: Ticket, at: int, elapsed_us: int, final: bool) -> None:
         count = at - ticket.at

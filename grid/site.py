@@ -117,6 +117,7 @@ class Site:
         self._fetching: dict[tuple[int, int], list[Work]] = {}
         self._function_numbers: dict[bytes, int] = {}
         self._function_hashes: list[bytes] = []
+        self._paces: dict[int, Pace] = {}  # of the latest stage of each function
         self._ticket = 0
 
     # ---- what comes in ----
@@ -140,7 +141,9 @@ class Site:
         """Ranges of this stage may be pushed from now on."""
         stage = self.stages.get(index)
         if stage is None:
-            stage = self.stages[index] = SiteStage(index, options, fn)
+            stage = SiteStage(index, options, fn, Pace(self._paces.get(fn)))
+            self.stages[index] = stage
+            self._paces[fn] = stage.pace
             if options.task_timeout_s:
                 self.has_timeouts = True
                 self.workshop.timed.set()

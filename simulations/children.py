@@ -17,6 +17,8 @@ from simulations.session import Session, SimStage, TaskFailedError, segment
 
 FLUSH_S = 0.01
 """A worker reports results once they are this old, as the real one does."""
+GIVE_BACK_S = 0.25
+"""Then it gives back what it has not begun of a Run, as the real one does."""
 SEGMENT_ITEMS = 8
 """Items of a map in one segment: small, so that small jobs have many."""
 PAGE_SEGMENTS = 4
@@ -75,7 +77,13 @@ class _Worker:
         function = self.functions[run.fn]
         done: list[Any] = []
         lo, since_s, spent_s = run.lo, trio.current_time(), 0.0
+        late_s = since_s + GIVE_BACK_S
         for index, item in enumerate(items, run.lo):
+            if index > run.lo and trio.current_time() > late_s:
+                if done:
+                    child.say(wire.Done(run.ticket, lo, index, int(spent_s * 1e6), False), _results(done))
+                child.say(wire.Returned(run.ticket, index))
+                break
             argument = item[0][0] if loaded.kind == serialize.CALL else item
             child.task = (run.stage, index, run.attempt)
             child.cell = (index, int(trio.current_time() * 1e9))

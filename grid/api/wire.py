@@ -81,8 +81,8 @@ class Function(Message, tag=2, frozen=True):
 class Run(Message, tag=3, frozen=True):
     """Run tasks [lo, hi) of a stage; body (or the file at path): one segment whose first item is task `first`.
 
-    A worker answers with any number of Done / Failed that together cover [lo, hi) exactly once, the last one `final`.
-    `timed`: the progress cell tells when each task began, for its time is limited.
+    A worker answers with any number of Done / Failed that together cover [lo, hi), or what it does not return of it, exactly
+    once, the last one `final`. `timed`: the progress cell tells when each task began, for its time is limited.
     """
 
     ticket: int
@@ -323,9 +323,14 @@ class ListInputs(Message, tag=34, frozen=True):
 
 
 class Returned(Message, tag=35, frozen=True):
-    """Worker: a revoked ticket, not one task of which was begun."""
+    """Worker: tasks from `lo` on (-1: all) of a ticket that was revoked or takes far longer than expected; none was begun.
+
+    `elapsed_us`: how long it has been at those before them that are not reported yet. If there are none, this ends the ticket.
+    """
 
     ticket: int
+    lo: int = -1
+    elapsed_us: int = 0
 
 
 class Same(Message, tag=36, frozen=True):

@@ -184,24 +184,25 @@ class Worker:
             return
         del body
         self._run_tasks(run, call, items)
-        self._session.task = (run.stage, run.hi - 1, run.attempt)
-        self._cell[3] = run.hi - 1
+        self._session.task = (run.stage, reporter.last, run.attempt)
+        self._cell[3] = reporter.last
         self._cell[0] = -1
         reporter.flush()
 
     def _run_tasks(self, run: wire.Run, call: Callable[[Any], Any], items: Sequence[Any]) -> None:
         cell, reporter, tiny, clock = self._cell, self._reporter, self._reporter.tiny, time.monotonic_ns
         tasks = enumerate(items, run.lo)
-        left, step, looked_ns = len(items), 1, 0
-        while left:
+        step, looked_ns = 1, 0
+        while True:
             now_ns = clock()
             if now_ns >= reporter.flush_at_ns or len(tiny) >= TINY_MAX:
                 reporter.flush(now_ns)
             if not run.timed:
                 step = _next_step(step, now_ns - looked_ns if looked_ns else LOOK_NS)
                 looked_ns = now_ns
-            count = min(step, left, TINY_MAX - len(tiny))
-            left -= count
+            count = reporter.take(min(step, TINY_MAX - len(tiny)))
+            if not count:
+                return
             cell[1] = now_ns  # before the index: whoever reads between the two sees too young a task, never too old a one
             self._run_some(islice(tasks, count), call)
 
@@ -287,6 +288,7 @@ class Worker:
                 if not self._busy:
                     continue
                 self._reporter.flush_stale()
+                self._reporter.give_back()
                 self._take_waiting()
 
 

@@ -23,6 +23,9 @@ from grid.worker.prints import Prints
 
 FLUSH_NS: Final = 50_000_000
 """Results are reported at least this often."""
+GIVE_BACK_NS: Final = 250_000_000
+"""A Run that takes so long, several times what bundles are made for, was expected to be shorter: what is not begun goes back,
+for whoever is free."""
 FLUSH_BYTES: Final = 48 << 10
 """And when they are this large: with what a last small one adds, still under the 64 KiB that travel inside messages.
 Also so low that no result with an out-of-band buffer, which would still be the task's memory, is held back."""
@@ -51,6 +54,9 @@ class Reporter:
         self._lock = threading.RLock()
         self._run = wire.Run(-1, -1, -1, 0, 0, 0)
         self._lo = 0
+        self._hi = 0
+        self._begun = 0
+        self._began_ns = 0
         self._since_ns = 0
         self._writer = serialize.ResultWriter()
 
@@ -58,9 +64,31 @@ class Reporter:
         """The next results are this Run's, from its first task on."""
         with self._lock:
             self._run = run
-            self._lo = run.lo
-            self._since_ns = time.monotonic_ns()
+            self._lo = self._begun = run.lo
+            self._hi = run.hi
+            self._began_ns = self._since_ns = time.monotonic_ns()
             self.flush_at_ns = self._since_ns + FLUSH_NS
+
+    def take(self, count: int) -> int:
+        """So many tasks more are begun, or as many as are left."""
+        with self._lock:
+            count = min(count, self._hi - self._begun)
+            self._begun += count
+            return count
+
+    @property
+    def last(self) -> int:
+        """The last task begun."""
+        return self._begun - 1
+
+    def give_back(self) -> None:
+        """Called by the clock: return what is not begun of a Run that takes too long."""
+        with self._lock:
+            now_ns = time.monotonic_ns()
+            if self._run.lo < self._begun < self._hi and now_ns - self._began_ns > GIVE_BACK_NS:
+                self._hi = self._begun
+                returned = wire.Returned(self._run.ticket, self._hi, (now_ns - self._since_ns) // 1000)
+                self._session.channel.send(returned)
 
     def keep(self, index: int, value: Any) -> None:
         """Add the result of task `index`; if it can't be sent, report that instead."""
@@ -109,7 +137,7 @@ class Reporter:
                     for index in range(lo, lo + count):
                         self._send_failure(index, "failed", "GridError", str(error), "", b"", elapsed_us // count)
                     return
-            done = wire.Done(self._run.ticket, lo, lo + count, elapsed_us, lo + count == self._run.hi, path)
+            done = wire.Done(self._run.ticket, lo, lo + count, elapsed_us, lo + count == self._hi, path)
             self._session.channel.send(done, *parts)
 
     def flush_stale(self) -> None:
@@ -147,7 +175,7 @@ class Reporter:
     def _send_failure(
         self, index: int, kind: str, type_name: str, message: str, trace: str, body: bytes, elapsed_us: int
     ) -> None:
-        final = index + 1 == self._run.hi
+        final = index + 1 == self._hi
         failed = wire.Failed(self._run.ticket, index, kind, type_name, message, trace, elapsed_us, final)
         self._session.channel.send(failed, body)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grid.core import limits
-from grid.core.plan import GROWTH, SHARE_S_MIN, Pace
+from grid.core.plan import EXPECTED_S, GROWTH, SHARE_S_MIN, Pace
 
 
 def test_unknown_pace_starts_with_one_task() -> None:
@@ -79,6 +79,17 @@ def test_another_peers_measure_counts_until_one_is_made_here() -> None:
     for _ in range(30):
         pace.record(1, 1.0)
     assert pace.per_task_s == pytest.approx(1.0, rel=0.05)
+
+
+def test_stage_begins_with_what_an_earlier_one_lets_expect() -> None:
+    earlier = Pace()
+    earlier.record(1000, 1.0)
+    pace = Pace(earlier)
+    assert pace.per_task_s is None, "it is no measure"
+    assert pace.grain(1000, 2) == EXPECTED_S * 1000
+    assert Pace(pace).grain(1000, 2) == EXPECTED_S * 1000, "nor does one between them that ran nothing"
+    pace.record(1, 1.0)
+    assert pace.grain(1000, 2) == 1
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0])

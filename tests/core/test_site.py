@@ -20,7 +20,7 @@ from grid.core.segments import Segment
 from grid.site import Site
 from grid.worker.fork_server import WorkerStartError
 from grid.workshop import Workshop
-from tests.core.fakes import DIGEST, FUNCTION, FakeChild, FakeUplink, Place, segment_bytes, settle
+from tests.core.fakes import DIGEST, FUNCTION, FakeChild, FakeUplink, Place, result_bytes, segment_bytes, settle
 
 Make = Callable[..., Place]
 
@@ -429,6 +429,48 @@ async def test_drop_of_a_bundle_ahead_asks_it_back_and_spares_what_runs(make: Ma
     child.say(wire.Returned(ahead.ticket))
     await settle()
     assert 1 not in place.site.held()
+
+
+async def test_rest_of_a_bundle_that_takes_too_long_is_given_back(make: Make, uplink: FakeUplink) -> None:
+    place = make()
+    known_pace(place, 1e-4)
+    child = await started(place, 10_000)
+    run = child.runs[0]
+    child.finish(run, hi=run.lo + 10)
+    child.say(wire.Returned(run.ticket, run.lo + 12, 2_000_000))
+    await settle()
+    assert held(place.site) == [(run.lo + 10, 10_000)]
+    assert place.site.seconds_per_task(0) > 1e-3
+    child.say(wire.Done(run.ticket, run.lo + 10, run.lo + 12, 1, True), result_bytes(run.lo + 10, run.lo + 12))
+    await settle()
+    assert held(place.site) == [(run.lo + 12, 10_000)]
+    assert child.why == ""
+    later = child.runs[-1]
+    assert later.ticket != run.ticket
+
+
+async def test_bundle_given_back_behind_its_last_result_is_over(make: Make, uplink: FakeUplink) -> None:
+    place = make()
+    known_pace(place, 1e-4)
+    child = await started(place, 10_000)
+    run = child.runs[0]
+    child.finish(run, hi=run.lo + 10)
+    child.say(wire.Returned(run.ticket, run.lo + 10, 1))
+    child.say(wire.Returned(run.ticket, run.lo + 10, 1))  # of a ticket that is no more: nothing
+    await settle()
+    assert held(place.site) == [(run.lo + 10, 10_000)]
+    assert run.ticket not in place.site.workers[0].tickets
+    assert child.why == ""
+
+
+async def test_stage_of_a_known_function_begins_with_more_than_one_task(make: Make) -> None:
+    place = make()
+    known_pace(place, 1e-4)
+    place.site.add_stage(1, StageOptions(), place.site.add_function(DIGEST, FUNCTION))
+    place.hold(0, 1000, stage=1)
+    place.site.push([Work(1, 0, 1000)])
+    await settle()
+    assert [(run.stage, run.lo, run.hi) for run in place.children[0].runs] == [(1, 0, 50)]
 
 
 # ---- nested calls ----------------------------------------------------------------------------------------------------

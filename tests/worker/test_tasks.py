@@ -258,6 +258,52 @@ async def test_timed_task_behind_quick_ones_has_its_own_start(tasks: Tasks, tmp_
     assert tasks.results[count - 1] <= started_ns <= tasks.results[count]
 
 
+async def test_what_is_not_begun_of_a_long_run_comes_back(tasks: Tasks, tmp_path: Path) -> None:
+    """While its first task still runs; each task is run once, whoever gets it then."""
+    gate = str(tmp_path / "gate")
+
+    def task(x: int) -> int:
+        import os
+        import time
+
+        while not os.path.exists(gate):
+            time.sleep(0.01)
+        return x
+
+    await tasks.define(task)
+    ticket = await tasks.start(range(10))
+    returned = await tasks.until(lambda message, _: isinstance(message, wire.Returned))
+    assert (returned.ticket, returned.lo) == (ticket, 1)
+    assert returned.elapsed_us > 0
+    assert not tasks.results
+    (tmp_path / "gate").touch()
+    await tasks.finish(ticket)
+    assert tasks.results == {0: 0}
+    await tasks.finish(await tasks.start(range(10), lo=1))
+    assert tasks.results == {index: index for index in range(10)}
+    assert not tasks.failures
+
+
+async def test_last_task_of_a_run_given_back_fails(tasks: Tasks, tmp_path: Path) -> None:
+    gate = str(tmp_path / "gate")
+
+    def task(x: int) -> int:
+        import os
+        import time
+
+        while x and not os.path.exists(gate):
+            time.sleep(0.01)
+        return 1 // (not x)
+
+    await tasks.define(task)
+    ticket = await tasks.start(range(10))
+    returned = await tasks.until(lambda message, _: isinstance(message, wire.Returned))
+    (tmp_path / "gate").touch()
+    await tasks.finish(ticket)
+    assert returned.lo < 10
+    assert (tasks.results, list(tasks.failures)) == ({0: 1}, list(range(1, returned.lo)))
+
+
 async def test_revoked_while_another_task_runs(tasks: Tasks, tmp_path: Path) -> None:
     gate = str(tmp_path / "gate")
 
