@@ -454,7 +454,7 @@ class Leader:
     @property
     def unsettled(self) -> int:
         """Tasks declared and not settled."""
-        return sum(stage.unsettled for stage in self.ledger.stages)
+        return self.ledger.unsettled
 
 
 def _table(pieces: list[tuple[int, int, tuple[bytes, ...]]], digests: list[bytes]) -> list[tuple[int, int, bytes]]:

@@ -71,6 +71,14 @@ class Ledger:
         """next_stage: number of the first stage that no earlier leader opened."""
         self.next_stage = next_stage
         self._stages: dict[int, StageState] = {}
+        self._live: dict[int, StageState] = {}  # those not complete, and some that became so since it was asked
+
+    @property
+    def unsettled(self) -> int:
+        """Tasks declared and not settled. Costs what is under way, not what a long job has behind it: it is asked at each pump."""
+        for index in [index for index, stage in self._live.items() if stage.complete]:
+            del self._live[index]
+        return sum(stage.unsettled for stage in self._live.values())
 
     @property
     def stages(self) -> Collection[StageState]:
@@ -105,7 +113,7 @@ class Ledger:
         assert index < self.next_stage
         assert index not in self._stages
         stage = StageState(index, name, ordered, options, function, function_size, parent, occurrence)
-        self._stages[index] = stage
+        self._stages[index] = self._live[index] = stage
         return stage
 
     def add_segments(self, index: int, first: int, pieces: list[tuple[int, int, tuple[bytes, ...]]]) -> tuple[int, int]:

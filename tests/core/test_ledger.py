@@ -259,7 +259,7 @@ class DictTwin(RuleBasedStateMachine):
         assert stage.declared == len(words)
         assert (stage.done, stage.failed) == (words.count("done"), words.count("failed"))
         wanted = [task for task, word in self.state.items() if word is None]
-        assert stage.unsettled == len(wanted)
+        assert stage.unsettled == self.ledger.unsettled == len(wanted)
         assert [task for lo, hi in self.ledger.missing(0) for task in range(lo, hi)] == wanted
         assert stage.complete == ((self.closed or self.all_cancelled) and not wanted)
         assert all(self.ledger.attempt(0, t) == self.raised.get(t, 0) + self.died.get(t, 0) for t in wanted)

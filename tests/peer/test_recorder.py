@@ -20,7 +20,7 @@ from grid.core.errors import NotLeadingError
 from grid.core.facts import Ended, Output, RangeDone, SegmentsCut, Stored
 from grid.core.job import JobId
 from grid.core.ledger import StageState
-from grid.recorder import ALONE_BYTES, INLINE_JOB_BYTES, INLINE_RANGE_BYTES, PACK_BYTES, LogRecorder
+from grid.recorder import ALONE_BYTES, COPY_S, INLINE_JOB_BYTES, INLINE_RANGE_BYTES, PACK_BYTES, LogRecorder
 
 ME = PeerId(b"m" * 20)
 JOB = JobId(b"j" * 32)
@@ -142,6 +142,18 @@ async def test_what_is_cheaper_to_make_than_to_copy_is_not_kept(world: World) ->
     data = b"c" * PACK_BYTES
     world.done(0, data, elapsed_us=100)
     assert world.replica.facts[0].result is None
+
+
+async def test_small_results_quicker_made_than_kept_are_not_kept(world: World, nursery: trio.Nursery) -> None:
+    """Once their bytes don't fit into the log itself any more; those that took longer are."""
+    data = b"c" * (INLINE_RANGE_BYTES + 1)
+    quick_us = int(COPY_S * 1e6)
+    world.done(0, data, elapsed_us=quick_us)
+    world.done(1, data, elapsed_us=2 * quick_us)
+    nursery.start_soon(world.recorder.run)
+    await settled(world, 2)
+    assert world.replica.facts[0].result is None
+    assert await world.stored(world.replica.facts[1].result) == data
 
 
 async def test_impure_results_are_kept_however_cheap(world: World, nursery: trio.Nursery) -> None:
