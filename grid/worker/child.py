@@ -25,7 +25,8 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
+from operator import is_
 from typing import Any, Final
 
 from grid.api import serialize, session, wire
@@ -265,7 +266,7 @@ class Worker:
             if (
                 (other.stage, other.first, other.path) == (run.stage, run.first, run.path)
                 and data == body
-                and not any(item is _USED for item in segment.items[lo:hi])
+                and not (isinstance(segment.items, list) and any(map(is_, segment.items[lo:hi], repeat(_USED))))
             ):
                 return segment
         return None
