@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
@@ -34,6 +35,9 @@ AVAILABLE_SHARE_MIN: Final = 0.04
 """Of the machine's memory; below it the kernel would choose a victim, perhaps the peer: we choose the largest child."""
 RELIEF_S: Final = 1.0
 """Between two such kills, so that the memory of the first is back before a second is chosen."""
+SPARE_PAUSE_S: Final = 2.0, 10.0
+"""From a job's start here to that of the next spare server, unless a job ends before: its imports take a tenth of a second
+of a core, which the job's first workers need more. Drawn from this range: peers that share a machine start together."""
 
 
 class WorkerPool:
@@ -54,6 +58,7 @@ class WorkerPool:
         self._memory_poll_s = memory_poll_s
         self._spares: list[ForkServer] = []
         self._spare_taken = trio.Event()
+        self._job_ended = trio.Event()
         self._jobs: set[JobProcesses] = set()
         self._nursery: trio.Nursery | None = None
 
@@ -102,6 +107,7 @@ class WorkerPool:
             return None
         while self._spares:
             server = self._spares.pop(0)
+            self._job_ended = trio.Event()
             self._spare_taken.set()
             if not server.gone.is_set():
                 return server
@@ -117,11 +123,15 @@ class WorkerPool:
     def forget(self, job: JobProcesses) -> None:
         """The job has closed."""
         self._jobs.discard(job)
+        self._job_ended.set()
 
     async def _keep_spares(self) -> None:
         pause_s = 1.0
         while True:
-            self._spare_taken = trio.Event()
+            if self._spare_taken.is_set():
+                self._spare_taken = trio.Event()
+                with trio.move_on_after(random.uniform(*SPARE_PAUSE_S)):
+                    await self._job_ended.wait()
             self._spares = [server for server in self._spares if not server.gone.is_set()]
             if len(self._spares) >= self._spares_wanted:
                 await self._spare_taken.wait()

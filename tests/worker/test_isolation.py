@@ -11,9 +11,10 @@ import pytest
 import trio
 
 from grid.api import wire
+from grid.worker import pool as pool_module
 from grid.worker.environment import Environment
 from grid.worker.pool import JobProcesses, WorkerPool
-from tests.worker.conftest import PATIENCE_S, Tasks
+from tests.worker.conftest import PATIENCE_S, Tasks, poll
 
 pytestmark = pytest.mark.real
 
@@ -143,6 +144,26 @@ async def test_spare_server_of_the_callers_environment(setup: wire.Setup, nurser
         assert bare._server not in (None, spare, *pool._spares)
         assert await Tasks(await job.start_worker()).call(importable("numpy")) == ["numpy"]
         assert await Tasks(await bare.start_worker()).call(importable("numpy")) == []
+
+
+async def test_next_spare_server_leaves_the_machine_to_the_job_that_starts(
+    setup: wire.Setup, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there again after the job, or when that has long begun."""
+    monkeypatch.setattr(pool_module, "SPARE_PAUSE_S", (PATIENCE_S, PATIENCE_S))
+    pool = WorkerPool()
+    with trio.fail_after(PATIENCE_S):
+        await nursery.start(pool.run)
+        await trio.testing.wait_all_tasks_blocked()
+        job = await pool.open_job(setup=setup)
+        assert await Tasks(await job.start_worker()).call(lambda: 1) == 1
+        assert pool._spares == []
+        await job.aclose()
+        await poll(lambda: pool._spares)
+        monkeypatch.setattr(pool_module, "SPARE_PAUSE_S", (0.0, 0.0))
+        job = await pool.open_job(setup=setup)
+        await poll(lambda: pool._spares)
+        assert not job._closed.is_set()
 
 
 async def test_own_library_of_an_environment_wins(pool: WorkerPool, setup: wire.Setup, tmp_path: Path) -> None:
