@@ -19,6 +19,7 @@ from grid.core.bundle import GRANT_DOMAIN, Declaration, Grant, SegmentRef, Signe
 from grid.core.deque import DequeFull, Work
 from grid.core.messages import Give, Steal
 from grid.core.segments import Segment
+from grid.site import without
 
 if TYPE_CHECKING:
     from grid.jobdata import JobData
@@ -105,6 +106,12 @@ class Giver:
         del self._given[number]
         self.given_tasks += sum(work.hi - work.lo for work in given.works)
         return given.works
+
+    def came_back(self, works: Sequence[Work]) -> None:
+        """These arrived here in a grant: whoever they were given to had them, only its word for that is still on its way."""
+        for given in self._given.values():
+            for work in works:
+                given.works = [part for each in given.works for part in without(each, *work)]
 
     def held(self) -> list[Work]:
         """Ranges under way: still claimed here."""

@@ -176,6 +176,7 @@ class Remote:
         for stage, pace_us in grant.pace_us:
             if stage in self.site.stages:
                 self.site.stages[stage].pace.hint(pace_us / 1e6)
+        self.giver.came_back(works)
         fresh = self._new(works)
         try:
             self.site.push(fresh)

@@ -190,7 +190,7 @@ class Site:
             if lo <= index < hi:
                 attempts.pop(index, None)
         for works in self._fetching.values():
-            works[:] = [part for work in works for part in _without(work, stage, lo, hi)]
+            works[:] = [part for work in works for part in without(work, stage, lo, hi)]
         for worker in self.crew.workers:
             running = worker.running
             for ticket in worker.tickets.values():
@@ -369,7 +369,8 @@ class Site:
         return pace is None or pace > limits.GRAIN_S
 
 
-def _without(work: Work, stage: int, lo: int, hi: int) -> list[Work]:
+def without(work: Work, stage: int, lo: int, hi: int) -> list[Work]:
+    """What remains of `work` when these tasks are taken from it."""
     if work.stage != stage or hi <= work.lo or work.hi <= lo:
         return [work]
     parts = [Work(stage, work.lo, lo), Work(stage, hi, work.hi)]

@@ -337,6 +337,24 @@ async def test_thief_is_robbed_in_turn(make: Make) -> None:
     assert list(first.remote.held()[0]) == [(10, 15)]
 
 
+async def test_ranges_that_come_back_before_the_word_that_they_had_arrived(make: Make) -> None:
+    """Their way was shorter than the word's: they are here then, whatever that says later."""
+    team = make(helpers=3)
+    team.page(10, 10)
+    first, second, third = team.helpers
+    await team.steal(first)
+    await team.deliver()
+    await team.steal(second, first)
+    await team.steal(third, second)
+    await team.steal(first, third)
+    back = first.site.deque.ranges()
+    await team.deliver()
+    assert first.site.deque.ranges() == back
+    everywhere = [work for site in (team.site, *(each.site for each in team.helpers)) for work in site.deque.ranges()]
+    assert sorted(tasks(everywhere)) == list(range(20))
+    assert [each.remote.giver.held() for each in team.helpers] == [[], [], []]
+
+
 # ---- the thief -------------------------------------------------------------------------------------------------------
 
 
