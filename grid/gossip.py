@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from grid.transport.mesh import Mesh
 
 NEIGHBOUR_CHECK_S: Final = 1.0
+FIRST_CHECK_S: Final = 1 / 16
+"""After the start, and twice as long each time: who has just joined soon has neighbours, and hears no news before."""
 RECHOOSE_S: Final = 60.0
 """Random neighbours are chosen anew this often, so that an unlucky graph doesn't stay."""
 CORRECTED_MAX: Final = 1_024
@@ -126,6 +128,7 @@ class Gossip:
     async def run(self) -> None:
         """Keep the neighbours connected, until cancelled."""
         chosen_s = -RECHOOSE_S
+        pause_s = FIRST_CHECK_S
         while True:
             now_s = trio.current_time()
             contacts = {contact.id: contact for contact in self._node.contacts() if contact.id != self._me}
@@ -135,7 +138,8 @@ class Gossip:
                 self._choose(set(contacts))
             for peer in sorted(self._kept):
                 self._mesh.keep(peer, [contacts[peer].address] if peer in contacts else [])
-            await trio.sleep(NEIGHBOUR_CHECK_S)
+            await trio.sleep(pause_s)
+            pause_s = min(2 * pause_s, NEIGHBOUR_CHECK_S)
 
     def _choose(self, peers: set[PeerId]) -> None:
         own = int.from_bytes(self._me, "big")

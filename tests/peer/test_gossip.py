@@ -91,6 +91,25 @@ async def test_neighbours_are_asked_what_they_know_when_they_are_chosen_or_come(
     assert peer.post.sent[1:] == [(PeerId(b"\x05" * 20), JobsWanted())]
 
 
+async def test_who_has_just_joined_has_neighbours_as_soon_as_it_knows_others(autojump_clock: Clock, peer: Peer) -> None:
+    """News are told to neighbours only: a job of which a newcomer does not hear at its start it hears of seconds later."""
+    contacts: list[Any] = []
+    kept: dict[PeerId, float] = {}
+    peer.gossip._node = cast(Any, SimpleNamespace(contacts=lambda: contacts))
+    peer.gossip._mesh.keep = lambda peer, addresses: kept.setdefault(peer, trio.current_time())  # type: ignore[method-assign, assignment]
+    began_s = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(peer.gossip.run)
+        await trio.sleep(0.2)
+        contacts.append(SimpleNamespace(id=NEAR, address=("h", 1)))
+        await trio.sleep(60.0)
+        contacts.append(SimpleNamespace(id=FAR, address=("h", 2)))
+        await trio.sleep(1.0)
+        nursery.cancel_scope.cancel()
+    assert kept[NEAR] - began_s < 0.5
+    assert FAR in kept
+
+
 async def test_leader_that_nobody_elected_is_not_heard(peer: Peer) -> None:
     with pytest.raises(RefusedError):
         peer.gossip.hear(msgspec.structs.replace(second(), mandate=Mandate()), NEAR)
