@@ -75,13 +75,16 @@ class Giver:
         self._number = 0
         self.given_tasks = 0
 
-    async def give(self, thief: PeerId, steal: Steal, works: list[Work] | None = None) -> tuple[Give, list[Work]] | None:
-        """About half of the remaining time of the tasks that the thief can run; None when there is nothing for it.
+    async def give(
+        self, thief: PeerId, steal: Steal, works: list[Work] | None = None, thieves: int = 1
+    ) -> tuple[Give, list[Work]] | None:
+        """A share of the remaining time of the tasks that the thief can run; None when there is nothing for it.
 
-        works: give these instead, which are not queued here.
+        works: give these instead, which are not queued here. thieves: that look for work now; all of them get as much as stays
+        here, but a thief at least a task for each of its slots, if that is no more than half.
         """
         if works is None:
-            works = self._take(thief, steal)
+            works = self._take(thief, steal, thieves)
         if not works:
             return None
         self._number += 1
@@ -130,16 +133,17 @@ class Giver:
                 self._site.put_back(work)
             self._site.workshop.pump()
 
-    def _take(self, thief: PeerId, steal: Steal) -> list[Work]:
+    def _take(self, thief: PeerId, steal: Steal, thieves: int) -> list[Work]:
         site = self._site
         tags = set(steal.tags)
+        share = min(0.5, max(1 / (1 + thieves), steal.slots / max(1, site.deque.total)))
 
         def wanted(stage: int) -> bool:
             if not self._declared(stage) and not any(lo <= stage < hi for lo, hi in steal.known_stages[:KNOWN_RANGES_MAX]):
                 return False
             return tags.issuperset(site.stages[stage].options.tags) and site.functions[site.stages[stage].fn] is not None
 
-        works = site.deque.steal_tail(site.seconds_per_task, 0.5, self._boundary, wanted=wanted)
+        works = site.deque.steal_tail(site.seconds_per_task, share, self._boundary, wanted=wanted)
         works, own = self._strange(thief, works)
         for work in own:
             self._push_back(work)

@@ -42,6 +42,8 @@ SHELF_SHARE = 0.25
 EARLY_DROPS_MAX = 64
 """Remembered of one grant that is on its way here; what is not remembered runs, and its result is not counted."""
 _Early: TypeAlias = tuple[JobId, list[tuple[PeerId, Drop]]]
+_Answer: TypeAlias = tuple[bool, tuple[PeerId, ...], bool]  # whether work came; who may have some; whether the victim will poke
+NOTHING: _Answer = (False, (), False)
 log = logging.getLogger(__name__)
 
 
@@ -219,11 +221,11 @@ class Helping:
 
     async def _ask(self, ask: Ask) -> None:
         hints: tuple[PeerId, ...] = ()
-        granted = False
+        granted = parked = False
         entry = self._board.get(ask.job)
         leadership = entry and (entry.leader, entry.news.epoch)
         try:
-            granted, hints = await self._steal(ask)
+            granted, hints, parked = await self._steal(ask)
         except (TransportError, GridError, BadSignature, CodecError, OSError, trio.TooSlowError) as error:
             log.debug("no work of job %s from %s: %s", ask.job.hex()[:8], ask.victim.hex()[:8], error)
         finally:
@@ -234,17 +236,17 @@ class Helping:
             elif granted:
                 self._thief.granted(ask.job, now_s)
             else:
-                self._thief.refused(ask.job, hints, now_s)
+                self._thief.refused(ask.job, hints, now_s, parked)
             self._bell.ring()
 
-    async def _steal(self, ask: Ask) -> tuple[bool, tuple[PeerId, ...]]:
+    async def _steal(self, ask: Ask) -> _Answer:
         entry = self._board.get(ask.job)
         if entry is None or not entry.live:
             self.over(ask.job)
-            return False, ()
+            return NOTHING
         if trio.current_time() - entry.heard_s > limits.JOB_FORGET_S:
             self._thief.job_gone(ask.job)  # until there is news of it again
-            return False, ()
+            return NOTHING
         helper = self.jobs.get(ask.job)
         if helper is not None and helper.remote is not None:
             question = helper.remote.ask(ask.slots)
@@ -257,31 +259,31 @@ class Helping:
         finally:
             self._early = [each for each in self._early if each is not early]  # another ask may look alike
 
-    async def _take(self, ask: Ask, entry: Entry, question: Steal, early: _Early) -> tuple[bool, tuple[PeerId, ...]]:
+    async def _take(self, ask: Ask, entry: Entry, question: Steal, early: _Early) -> _Answer:
         answer = decode(await self._mesh.request(ask.victim, encode(question), limits.STEAL_TIMEOUT_S))
         if isinstance(answer, Nothing):
             if answer.state == "final" and ask.victim in entry.keepers:
                 self._board.close(ask.job)
                 self.over(ask.job)
-                return False, ()
+                return NOTHING
             self._thief.paced(ask.job, answer.pause_ms / 1e3)
             if answer.fence > question.epoch:
                 self._post.post(ask.victim, JobsWanted())
-            return False, tuple(PeerId(hint) for hint in answer.hints[: limits.HINTS_MAX])
+            return False, tuple(PeerId(hint) for hint in answer.hints[: limits.HINTS_MAX]), answer.parked
         if not isinstance(answer, Give):
-            return False, ()
+            return NOTHING
         began_s = trio.current_time()
         if ask.job in self._retired or self._leads(ask.job):
-            return False, ()
+            return NOTHING
         helper = await self._open(ask.job, self._board.get(ask.job) or entry)
         late = trio.current_time() - began_s > GRANT_AGE_S_MAX
         if helper.remote is None or late or helper.leaving.is_set() or self.jobs.get(ask.job) is not helper:
-            return False, ()
+            return NOTHING
         await helper.remote.take(ask.victim, answer)
         for peer, drop in early[1]:
             if peer == helper.leader:
                 await helper.remote.handle(peer, drop)
-        return True, ()
+        return True, (), False
 
     # ---- places ----
 

@@ -135,7 +135,8 @@ class Outreach:
         self._check_epoch(steal.epoch)
         if not self._may_lead():
             return Nothing()
-        found = await self.giver.give(thief, steal)
+        thieves = min(len(self._seeking) + (thief not in self._seeking), limits.WAITING_THIEVES_MAX)  # more aren't poked at once
+        found = await self.giver.give(thief, steal, thieves=thieves)
         if found is None:
             copies = self._speculator.offer(thief, steal.tags, steal.slots)
             found = await self.giver.give(thief, steal, copies) if copies else None

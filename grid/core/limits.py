@@ -27,6 +27,8 @@ STEAL_TIMEOUT_S: Final = 5.0
 STEAL_BACKOFF_S: Final = 0.02
 STEAL_BACKOFF_S_MAX: Final = 1.0
 """Between asks that brought nothing. The last value bounds how late a thief finds work that no poke told it of."""
+STEAL_PARKED_S: Final = 0.25
+"""The least such time once the victim said that it will poke: asking sooner only takes from its time."""
 THIEVES_PER_S_MAX: Final = 128
 """Asks of thieves without work that a leader wants to answer a second: when more are waiting, each is told to ask less often. One
 of them finds work as soon as before."""

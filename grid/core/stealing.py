@@ -103,8 +103,8 @@ class Thief:
             source.served_s = now_s
             self._awake(source, now_s)
 
-    def refused(self, job: JobId, hints: tuple[PeerId, ...], now_s: float) -> None:
-        """An ask brought nothing (or no answer): later again, first at the hinted."""
+    def refused(self, job: JobId, hints: tuple[PeerId, ...], now_s: float, parked: bool = False) -> None:
+        """An ask brought nothing (or no answer): later again, first at the hinted. parked: who was asked will poke."""
         source = self._sources.get(job)
         if source is None:
             return
@@ -116,6 +116,8 @@ class Thief:
             source.again = False
             source.not_before_s = now_s
             return
+        if parked:
+            source.backoff_s = max(source.backoff_s, limits.STEAL_PARKED_S)
         source.not_before_s = now_s + source.backoff_s * (0.5 + self._rng.random())
         source.backoff_s = min(2 * source.backoff_s, source.backoff_s_max)
 

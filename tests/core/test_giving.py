@@ -112,6 +112,30 @@ async def test_thief_gets_about_half_from_the_tail_with_all_it_needs(make: Make)
     assert thief.site.stages[0].held[50].ready
 
 
+async def test_new_work_is_shared_evenly_among_all_who_look_for_some(make: Make) -> None:
+    """Halves would leave next to nothing to the last, who would have to look for it elsewhere at once."""
+    team = make(helpers=3)
+    for thief in team.helpers:
+        assert isinstance(await team.steal(thief), Nothing)
+    team.page(*[1] * 80)
+    for thief in team.helpers:
+        await team.steal(thief)
+    assert [site.deque.total for site in (team.site, *(each.site for each in team.helpers))] == [20, 20, 20, 20]
+    await team.deliver()
+    await team.steal(team.helpers[0])
+    assert team.site.deque.total == 10, "nobody else looks for work any more"
+
+
+async def test_of_little_work_a_thief_gets_a_task_a_slot_but_no_more_than_half(make: Make) -> None:
+    team = make(helpers=3)
+    for thief in team.helpers:
+        assert isinstance(await team.steal(thief), Nothing)
+    team.page(*[1] * 10)
+    for thief in team.helpers:
+        await team.steal(thief, slots=4)
+    assert [site.deque.total for site in (team.site, *(each.site for each in team.helpers))] == [1, 4, 3, 2]
+
+
 async def test_declarations_and_functions_are_sent_once(make: Make) -> None:
     team = make()
     team.page(10, 10, 10, 10)

@@ -69,6 +69,19 @@ def test_backoff_doubles_up_to_its_bound() -> None:
     assert all(0.5 * limits.STEAL_BACKOFF_S_MAX <= pause <= 1.5 * limits.STEAL_BACKOFF_S_MAX for pause in pauses[-4:])
 
 
+def test_who_will_poke_is_not_asked_again_at_once() -> None:
+    made = thief(J)
+    assert victim(made, 0.0) == LEADER
+    made.refused(J, (), 0.0, parked=True)
+    assert victim(made, 0.49 * limits.STEAL_PARKED_S) is None
+    made.poked(J, LEADER, 0.01)
+    assert victim(made, 0.01) == LEADER
+    made.refused(J, (A,), 0.01, parked=True)
+    assert victim(made, 0.01) == A, "who was named meanwhile is asked without a pause"
+    made.refused(J, (), 0.01)
+    assert victim(made, 0.01 + 1.5 * limits.STEAL_BACKOFF_S) == LEADER, "who has no work and pokes nobody"
+
+
 def test_leader_that_many_ask_is_asked_less_often() -> None:
     """A thousand peers without work would ask their leader a thousand times a second."""
     made = thief(J)
