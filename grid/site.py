@@ -67,6 +67,7 @@ class Held:
     ready: bool = False  # body and refs are here
     digest: bytes = b""  # BLAKE3 of the bytes, where it is known already; `blob` only names what can be fetched
     error: str = ""  # why it could not be fetched
+    copy: bodies.SpoolFile | None = None  # a file with the same bytes, for workers
 
 
 @dataclass(slots=True)
@@ -215,6 +216,8 @@ class Site:
                 held = known.held.pop(segment.first)
                 if held.body is not None:
                     bodies.release(held.body)
+                if held.copy is not None:
+                    held.copy.release()
 
     # ---- what it holds ----
 

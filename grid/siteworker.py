@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from grid.worker.pool import Child
 
 
+PARTS_BYTES_MIN = 16 << 10
+PARTS_MIN = 4
+"""A segment of this size that is run in so many parts is written to a file once, instead of being sent with each of them."""
+
+
 @dataclass(slots=True)
 class Ticket:
     """Tasks [lo, hi) given to a worker; [lo, at) are reported."""
@@ -95,7 +100,7 @@ class SiteWorker:
             else:
                 data = bodies.read(body)
         else:
-            data = body
+            path, data = _in_parts(held, body, ticket, site)
         first, attempt = held.segment.first, stage.attempts.get(ticket.lo, 0)
         timed = bool(stage.options.task_timeout_s)
         self.post(wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed), data)
@@ -106,3 +111,12 @@ class SiteWorker:
         if blocked:
             for number in list(self.tickets)[1:]:
                 self.post(wire.Revoke(number))
+
+
+def _in_parts(held: Held, body: bytes, ticket: Ticket, site: Site) -> tuple[str, bytes]:
+    """How a worker gets a segment that is in memory: (path, "") or ("", bytes)."""
+    if held.copy is None and len(body) >= PARTS_BYTES_MIN and PARTS_MIN * (ticket.hi - ticket.lo) <= held.segment.count:
+        with contextlib.suppress(OSError):  # a full disk
+            held.copy = site.spool.write("segment", body)
+            held.copy.owners = 1
+    return ("", body) if held.copy is None else (held.copy.path, b"")

@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from grid import body as bodies
+from grid import siteworker
 from grid.api import wire
 from grid.core import limits
 from grid.core.bundle import StageOptions
@@ -660,6 +661,28 @@ async def test_large_slice_of_a_page_is_copied_once_and_let_go(make: Make, tmp_p
     assert await trio.Path(paths.pop()).read_bytes() == data
     assert len(list(place.spool.folder.iterdir())) == 2
     place.site.forget(0, 0, 8)
+    assert list(place.spool.folder.iterdir()) == []
+
+
+async def test_segment_that_is_run_in_many_parts_is_sent_through_one_file(make: Make) -> None:
+    """Else each of its tasks would cost as much as all of its bytes."""
+    place = make()
+    data = segment_bytes(0, 8) + b" " * siteworker.PARTS_BYTES_MIN
+    place.site.hold(0, Segment(0, 8, len(data)), data)
+    small = segment_bytes(8, 16)
+    place.site.hold(0, Segment(8, 8, len(small)), small)
+    place.site.push([Work(0, 0, 1), Work(0, 8, 9), Work(0, 1, 2)])
+    await settle()
+    for child in place.children:
+        for run in child.runs:
+            child.finish(run)
+    await settle()
+    runs = [run for child in place.children for run in child.runs]
+    assert len({run.path for run in runs if run.first == 0}) == 1
+    assert {run.path for run in runs if run.first == 8} == {""}
+    path = trio.Path(next(run.path for run in runs if run.first == 0))
+    assert await path.read_bytes() == data
+    place.site.forget(0, 0, 16)
     assert list(place.spool.folder.iterdir()) == []
 
 
