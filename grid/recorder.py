@@ -58,10 +58,13 @@ INLINE_RANGE_BYTES: Final = 4 << 10
 """Result or argument bytes of one range that go into the log itself: about what naming a blob and fetching it would cost."""
 INLINE_JOB_BYTES: Final = 4 << 20
 """Such bytes of one job: a ledger stays a few MB, its snapshots cost as much."""
-PACK_BYTES: Final = 1 << 20
-"""Of small results in one blob."""
-ALONE_BYTES: Final = 256 << 10
-"""A result from this size on is a blob of its own."""
+PACK_BYTES: Final = 4 << 20
+"""Of results in one blob."""
+ALONE_BYTES: Final = 1 << 20
+"""A result from this size on is a blob of its own. What a blob costs two peers besides its bytes (files, fsyncs, messages) is as
+much as this many bytes cost."""
+GATHER_S: Final = 0.2
+"""How long results may wait for company in a blob, while nothing that stands behind them is to be shown (cf. PATIENCE_S)."""
 ARGUMENTS_KEPT_BYTES_MAX: Final = 64 << 20
 """Argument bytes of one job that are kept for comparing with those of a replay; beyond it differing segments run again."""
 COPY_BYTES_PER_S: Final = 100e6
@@ -150,6 +153,8 @@ class LogRecorder(Recorder):
         self._queue: deque[AnyFact | _Unstored] = deque()
         self._inline_bytes = replica.chronicle.inline_bytes
         self._argument_bytes = 0
+        self._unstored_bytes = 0
+        self._hurried = 0  # facts in the queue for which somebody waits
         self._bell = Bell()
         self._storing = trio.Lock()
         self._sequence = 0
@@ -162,17 +167,23 @@ class LogRecorder(Recorder):
 
     def _say(self, fact: AnyFact | _Unstored) -> None:
         self._said += 1
-        if self._queue or isinstance(fact, _Unstored):
-            self._queue.append(fact)
+        if not self._queue and not isinstance(fact, _Unstored):
+            self._propose([fact], patient=isinstance(fact, PATIENT))
+            return
+        first = not self._queue
+        self._queue.append(fact)
+        if isinstance(fact, _Unstored):
+            self._unstored_bytes += fact.size
+        elif not isinstance(fact, PATIENT):
+            self._hurried += 1
+        if first or not self._gathering:
             self._bell.ring()
-        else:
-            self._propose([fact])
 
-    def _propose(self, facts: list[AnyFact]) -> None:
+    def _propose(self, facts: list[AnyFact], patient: bool) -> None:
         if self.lost:
             return
         try:
-            self._sequence = self._replica.propose(facts, patient=all(isinstance(fact, PATIENT) for fact in facts))
+            self._sequence = self._replica.propose(facts, patient=patient)
             self._proposed += len(facts)
         except NotLeadingError:
             self.lost = True
@@ -304,15 +315,30 @@ class LogRecorder(Recorder):
         while True:
             while not self._queue:
                 await self._bell.wait()
+            await self._gather()
             await self._store_some()
             self._flush()
+
+    @property
+    def _gathering(self) -> bool:
+        """Whether what is to be stored may wait for company."""
+        return not self._hurried and self._unstored_bytes < PACK_BYTES
+
+    async def _gather(self) -> None:
+        first = self._queue[0]
+        if isinstance(first, _Unstored):
+            with trio.move_on_at(first.since_s + GATHER_S):
+                while self._queue and self._gathering:
+                    await self._bell.wait()
 
     def _flush(self) -> None:
         facts: list[AnyFact] = []
         while self._queue and not isinstance(self._queue[0], _Unstored):
             facts.append(self._queue.popleft())  # type: ignore[arg-type]
         if facts:
-            self._propose(facts)
+            hurried = sum(not isinstance(fact, PATIENT) for fact in facts)
+            self._hurried -= hurried
+            self._propose(facts, patient=not hurried)
 
     async def _store_some(self) -> None:
         """Make blobs of what waits first: a large one alone, small ones together."""
@@ -337,6 +363,7 @@ class LogRecorder(Recorder):
         for at, item, where in zip(chosen, items, stored, strict=True):
             assert isinstance(item, _Unstored)
             self._queue[at] = item.fact(where)
+            self._unstored_bytes -= item.size
 
     async def _store_items(self, items: list[_Unstored]) -> list[Stored | None]:
         total = sum(item.size for item in items)
@@ -344,8 +371,8 @@ class LogRecorder(Recorder):
             if len(items) == 1 and isinstance(body := items[0].body, FileSlice) and body.whole:
                 blob = bytes(await self._store.adopt(Path(self._spool.link(body.file.path)), owner=self.owner))
             else:
-                data = b"".join(bodies.read(item.body) for item in items)
-                blob = bytes(await self._store.put(data, durable=True, owner=self.owner))
+                parts = [bodies.read(item.body) for item in items]
+                blob = bytes(await self._store.put(*parts, durable=True, owner=self.owner))
         except (OSError, StoreFull) as error:
             log.warning("results can't be kept for a later leader: %s", error)
             return [None] * len(items)
@@ -364,10 +391,11 @@ class LogRecorder(Recorder):
 class _Unstored:
     """A fact whose bytes are not stored yet."""
 
-    __slots__ = ("body", "fact", "made_s", "size")
+    __slots__ = ("body", "fact", "made_s", "since_s", "size")
 
     def __init__(self, body: Body, size: int, made_s: float, fact: Callable[[Stored | None], AnyFact]) -> None:
         self.body = body
         self.size = size
         self.made_s = made_s
         self.fact = fact
+        self.since_s = trio.current_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from dht.core.identity import PeerId
 from grid import body as bodies
+from grid import recorder
 from grid.bell import Bell
 from grid.blobs.blob import StoreFull
 from grid.blobs.store import BlobStore
@@ -112,6 +115,34 @@ async def test_several_results_share_a_blob(world: World, nursery: trio.Nursery)
     assert [await world.stored(fact.result) for fact in world.replica.facts] == results
     assert len({fact.result.blob for fact in world.replica.facts}) == 1
     assert world.kept == [(world.replica.facts[0].result.blob, sum(map(len, results)), pytest.approx(80.0), [])]
+
+
+async def test_results_that_come_one_by_one_share_a_blob_until_output_stands_behind_them(
+    world: World, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "GATHER_S", math.inf)
+    nursery.start_soon(world.recorder.run)
+    for number in range(3):
+        world.done(number, bytes([number]) * (INLINE_RANGE_BYTES + 1))
+        await trio.testing.wait_all_tasks_blocked()
+    assert world.replica.facts == []
+    await world.recorder.output(1, b"seen\n")
+    await settled(world, 4)
+    *facts, output = world.replica.facts
+    assert len({fact.result.blob for fact in facts}) == 1
+    assert output == Output(1, 0, b"seen\n")
+
+
+async def test_enough_results_for_a_blob_wait_for_no_more(
+    world: World, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "GATHER_S", math.inf)
+    nursery.start_soon(world.recorder.run)
+    count = PACK_BYTES // (ALONE_BYTES - 1) + 1
+    for number in range(count):
+        world.done(number, bytes([number]) * (ALONE_BYTES - 1))
+        await trio.testing.wait_all_tasks_blocked()
+    await settled(world, count - 1)
 
 
 async def test_a_large_result_is_a_blob_of_its_own(world: World, nursery: trio.Nursery) -> None:
