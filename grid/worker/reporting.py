@@ -29,6 +29,9 @@ for whoever is free."""
 FLUSH_BYTES: Final = 48 << 10
 """And when they are this large: with what a last small one adds, still under the 64 KiB that travel inside messages.
 Also so low that no result with an out-of-band buffer, which would still be the task's memory, is held back."""
+INLINE_BYTES_MAX: Final = 128 << 10
+"""A larger segment is a file, which the peer hands on by its name. Through the channel each byte would be copied twice more, by
+the one process that all results pass, and a segment larger than a socket's buffer wakes both ends several times."""
 TINY_MAX: Final = 1 << 14
 """Scalars in one segment (at most 9 bytes each, but for huge integers)."""
 TEXT_MAX: Final = 64 << 10
@@ -36,6 +39,7 @@ TEXT_MAX: Final = 64 << 10
 TINY: Final = frozenset({int, float, bool, type(None)})
 """Results that take next to no room and can't change: gathered without a look."""
 assert FLUSH_BYTES <= serialize.OUT_OF_BAND_BYTES
+assert FLUSH_BYTES < INLINE_BYTES_MAX <= wire.INLINE_BYTES_MAX
 
 _LAZY = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 _OWN_CODE = str(Path(__file__).parents[1])
@@ -130,7 +134,7 @@ class Reporter:
             self._since_ns = now_ns
             parts, size = writer.finish()
             path = ""
-            if size > wire.INLINE_BYTES_MAX:
+            if size > INLINE_BYTES_MAX:
                 try:
                     path, parts = self._session.spool(parts), []
                 except GridError as error:
