@@ -235,6 +235,7 @@ class Giver:
                 held.blob = bodies.hash_of(held.body)
             else:
                 held.blob = await self._data.put("", bodies.read(held.body))
+                held.digest = held.digest or held.blob
                 if self._site.stages[stage].held.get(segment.first) is not held:
                     return None
         data = b""

@@ -136,8 +136,8 @@ class Leader:
         return stage
 
     def digests(self, lengths: Sequence[int], body: Body) -> list[bytes]:
-        """BLAKE3 of each segment of a page; nothing when nobody will ask for it."""
-        if not self.recorder.keeps:
+        """BLAKE3 of each segment of a page; nothing when nobody will ask for it, or not yet (`add_page`)."""
+        if not self.recorder.keeps or (self.replaying is None and len(lengths) == 1 and isinstance(body, FileSlice)):
             return []
         if len(lengths) == 1:
             return [bodies.hash_of(body)]
@@ -192,8 +192,19 @@ class Leader:
             self._push(Work(stage.index, lo, hi), head=stage.parent is not None)
             if digests:  # a worker has begun meanwhile; what it says is heard after this call
                 self.recorder.segments(stage.index, lo, _table(pieces, digests), data)
+            elif self.recorder.keeps and isinstance(body, FileSlice):
+                self._name_later(stage, lo, body)
         self._worked()
         self.changed()
+
+    def _name_later(self, stage: StageState, first: int, body: FileSlice) -> None:
+        """A large segment is hashed while a worker, which needs no name for it, reads it."""
+        held = self.site.stages[stage.index].held[first]
+
+        def named(digest: bytes) -> None:
+            held.digest = digest
+
+        self.recorder.large_segment(stage.index, first, held.segment.count, body, named)
 
     def _replay(
         self, replaying: Replaying, stage: StageState, lo: int, table: list[tuple[int, int, bytes]], data: bytes | None
@@ -290,8 +301,10 @@ class Leader:
         """Raises RefusedError when the task's arguments are declared, and not as the segment of this name."""
         segment = self.ledger.stage(index).segments.at(task)
         held = self.site.stages[index].held.get(segment.first) if segment is not None else None
-        if segment is None or held is None or not held.digest:
+        if segment is None or held is None or not (held.digest or self.recorder.keeps):
             return
+        if not held.digest and held.body is not None:  # it is being hashed
+            held.digest = bodies.hash_of(held.body)
         if segment_name(segment.first, held.digest) != name:
             raise RefusedError(f"task {task} of stage {index} has other arguments in this epoch")
 

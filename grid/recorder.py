@@ -98,6 +98,9 @@ class Recorder:
     def segments(self, stage: int, first: int, pieces: Sequence[tuple[int, int, bytes]], data: bytes | None) -> None:
         """Tasks from `first` on: (count, size, BLAKE3) a segment; data: the segments' bytes, if they are at hand."""
 
+    def large_segment(self, stage: int, first: int, count: int, body: FileSlice, named: Callable[[bytes], None]) -> None:
+        """A segment that is not hashed yet; body: stays the caller's. named: told its BLAKE3 before the log is."""
+
     def closed(self, stage: int, total: int) -> None:
         """No task follows."""
 
@@ -150,7 +153,7 @@ class LogRecorder(Recorder):
         self._store = store
         self._spool = spool
         self._kept = kept or (lambda blob, size, made_s, holders: None)
-        self._queue: deque[AnyFact | _Unstored] = deque()
+        self._queue: deque[AnyFact | _Unstored | _Unnamed] = deque()
         self._inline_bytes = replica.chronicle.inline_bytes
         self._argument_bytes = 0
         self._unstored_bytes = 0
@@ -165,16 +168,16 @@ class LogRecorder(Recorder):
 
     # ---- saying ----
 
-    def _say(self, fact: AnyFact | _Unstored) -> None:
+    def _say(self, fact: AnyFact | _Unstored | _Unnamed) -> None:
         self._said += 1
-        if not self._queue and not isinstance(fact, _Unstored):
+        if not self._queue and not isinstance(fact, _WAITING):
             self._propose([fact], patient=isinstance(fact, PATIENT))
             return
         first = not self._queue
         self._queue.append(fact)
         if isinstance(fact, _Unstored):
             self._unstored_bytes += fact.size
-        elif not isinstance(fact, PATIENT):
+        elif not isinstance(fact, (*PATIENT, _Unnamed)):
             self._hurried += 1
         if first or not self._gathering:
             self._bell.ring()
@@ -221,6 +224,10 @@ class LogRecorder(Recorder):
             self._say(SegmentsCut(stage, first, short, where))
         else:
             self._say(_Unstored(data, len(data), 0.0, lambda stored: SegmentsCut(stage, first, short, stored)))
+
+    def large_segment(self, stage: int, first: int, count: int, body: FileSlice, named: Callable[[bytes], None]) -> None:
+        body.file.owners += 1
+        self._say(_Unnamed(stage, first, count, body, named))
 
     def closed(self, stage: int, total: int) -> None:
         self._say(StageClosed(stage, total))
@@ -333,7 +340,7 @@ class LogRecorder(Recorder):
 
     def _flush(self) -> None:
         facts: list[AnyFact] = []
-        while self._queue and not isinstance(self._queue[0], _Unstored):
+        while self._queue and not isinstance(self._queue[0], _WAITING):
             facts.append(self._queue.popleft())  # type: ignore[arg-type]
         if facts:
             hurried = sum(not isinstance(fact, PATIENT) for fact in facts)
@@ -341,9 +348,11 @@ class LogRecorder(Recorder):
             self._propose(facts, patient=not hurried)
 
     async def _store_some(self) -> None:
-        """Make blobs of what waits first: a large one alone, small ones together."""
+        """Make blobs of what waits first: a large one alone, small ones together. Or hash it, if it is a segment."""
         async with self._storing:
-            if self._queue and isinstance(self._queue[0], _Unstored):
+            if self._queue and isinstance(first := self._queue[0], _Unnamed):
+                self._queue[0] = await self._name(first)
+            elif self._queue and isinstance(self._queue[0], _Unstored):
                 await self._store_first()
 
     async def _store_first(self) -> None:
@@ -364,6 +373,14 @@ class LogRecorder(Recorder):
             assert isinstance(item, _Unstored)
             self._queue[at] = item.fact(where)
             self._unstored_bytes -= item.size
+
+    async def _name(self, segment: _Unnamed) -> SegmentsCut:
+        try:
+            digest = await self._store.disk.run(bodies.hash_of, segment.body)
+        finally:
+            bodies.release(segment.body)
+        segment.named(digest)
+        return SegmentsCut(segment.stage, segment.first, ((segment.count, segment.body.length, digest[:DIGEST_BYTES]),))
 
     async def _store_items(self, items: list[_Unstored]) -> list[Stored | None]:
         total = sum(item.size for item in items)
@@ -388,6 +405,19 @@ class LogRecorder(Recorder):
         return found
 
 
+class _Unnamed:
+    """A large segment that is not hashed yet."""
+
+    __slots__ = ("body", "count", "first", "named", "stage")
+
+    def __init__(self, stage: int, first: int, count: int, body: FileSlice, named: Callable[[bytes], None]) -> None:
+        self.stage = stage
+        self.first = first
+        self.count = count
+        self.body = body
+        self.named = named
+
+
 class _Unstored:
     """A fact whose bytes are not stored yet."""
 
@@ -399,3 +429,6 @@ class _Unstored:
         self.made_s = made_s
         self.fact = fact
         self.since_s = trio.current_time()
+
+
+_WAITING: Final = (_Unstored, _Unnamed)

@@ -11,7 +11,9 @@ import pytest
 import trio
 import trio.testing
 
+from grid import body as bodies
 from grid.api import wire
+from grid.core import limits
 from grid.core.bundle import segment_name
 from grid.core.chronicle import Chronicle
 from grid.core.errors import RefusedError
@@ -262,6 +264,23 @@ async def test_completion_for_other_arguments_is_refused(job: Job, autojump_cloc
     second.leader.check_segment(0, 0, segment_name(0, digest))
     with pytest.raises(RefusedError, match="other arguments"):
         second.leader.check_segment(0, 1, segment_name(1, digest))  # the same bytes, declared one task further on
+
+
+async def test_completion_for_a_segment_that_is_being_hashed(job: Job, tmp_path: Path, autojump_clock: Any) -> None:
+    """A large one runs before its name is known; who says what it ran is believed only if that is its name."""
+    led = job.lead()
+    led.open()
+    data = segment_bytes(0, 1) + b" " * limits.SEGMENT_INLINE_BYTES
+    page = tmp_path / "page"
+    page.write_bytes(data)
+    led.producer.handle(wire.Page(0, 0, (1,), (len(data),), final=True), bodies.whole_file(str(page)))
+    assert led.queued == 1
+    held = led.leader.site.stages[0].held[0]
+    assert not held.digest
+    assert SegmentsCut not in led.kinds()
+    with pytest.raises(RefusedError, match="other arguments"):
+        led.leader.check_segment(0, 0, segment_name(0, bytes(32)))
+    led.leader.check_segment(0, 0, segment_name(0, bodies.hash_of(data)))
 
 
 async def test_two_stages_alike_go_on_as_they_began(job: Job, autojump_clock: Any) -> None:

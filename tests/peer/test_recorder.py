@@ -16,11 +16,11 @@ from dht.core.identity import PeerId
 from grid import body as bodies
 from grid import recorder
 from grid.bell import Bell
-from grid.blobs.blob import StoreFull
+from grid.blobs.blob import StoreFull, blob_id
 from grid.blobs.store import BlobStore
 from grid.core.bundle import StageOptions
 from grid.core.errors import NotLeadingError
-from grid.core.facts import Ended, Output, RangeDone, SegmentsCut, Stored
+from grid.core.facts import DIGEST_BYTES, Ended, Output, RangeDone, SegmentsCut, Stored
 from grid.core.job import JobId
 from grid.core.ledger import StageState
 from grid.recorder import ALONE_BYTES, COPY_S, INLINE_JOB_BYTES, INLINE_RANGE_BYTES, PACK_BYTES, LogRecorder
@@ -237,3 +237,30 @@ async def test_arguments_are_kept_only_where_asked(world: World) -> None:
     kept, dropped = world.replica.facts
     assert kept == SegmentsCut(0, 0, ((2, 3, b"d" * 16),), b"abc")
     assert dropped.arguments is None
+
+
+async def test_a_large_segment_is_named_before_its_result_is_told(world: World, nursery: trio.Nursery) -> None:
+    data = b"argument" * ALONE_BYTES
+    file = world.spool.write("page", data)
+    file.owners = 1
+    body = bodies.FileSlice(file, 0, len(data))
+    named: list[bytes] = []
+    world.recorder.large_segment(0, 5, 1, body, named.append)
+    world.done(5, b"small")
+    bodies.release(body)
+    assert world.replica.facts == []
+    nursery.start_soon(world.recorder.run)
+    await settled(world, 2)
+    cut, done = world.replica.facts
+    assert named == [bytes(blob_id(data))]
+    assert cut == SegmentsCut(0, 5, ((1, len(data), named[0][:DIGEST_BYTES]),))
+    assert done.result == b"small"
+    assert file.owners == 0
+
+
+async def test_the_outcome_waits_for_a_large_segment(world: World) -> None:
+    file = world.spool.write("page", b"argument")
+    file.owners = 1
+    world.recorder.large_segment(0, 0, 1, bodies.FileSlice(file, 0, 8), lambda digest: None)
+    await world.recorder.end(b"outcome")
+    assert [type(fact) for fact in world.replica.facts] == [SegmentsCut, Ended]
