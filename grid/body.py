@@ -6,8 +6,11 @@ read whole only when it is about to leave this machine or to enter a frame.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -30,6 +33,49 @@ class SpoolFile:
         self.owners -= 1
         if self.owners <= 0 and self.owned:
             Path(self.path).unlink(missing_ok=True)
+
+
+class SharedFile(SpoolFile):
+    """Memory of a child, which it writes anew once we are through with it. We keep a descriptor: the child may end before.
+
+    `released` is called once, when there is neither an owner nor a worker that it is lent to: with whether none of those still
+    maps it. Made by a spool, which closes it at the job's end.
+    """
+
+    __slots__ = ("_fd", "_released", "clean", "lent", "size")
+
+    def __init__(self, path: str, released: Callable[[bool], None]) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise OSError(errno.EINVAL, f"{path} is no memory")
+        super().__init__(f"/proc/{os.getpid()}/fd/{self._fd}", owned=False)
+        self.size = status.st_size
+        self._released = released
+        self.lent = 0
+        self.clean = True
+
+    def release(self) -> None:
+        self.owners -= 1
+        self._settle()
+
+    def give_back(self, clean: bool) -> None:
+        """A worker that had it is through. clean: it maps it no longer."""
+        self.lent -= 1
+        self.clean = self.clean and clean
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.owners <= 0 and not self.lent and self._fd >= 0:
+            self.close()
+            self._released(self.clean)
+
+    def close(self) -> None:
+        """Nobody reads it any more. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd, self.path = -1, ""  # the number may be another file's next
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +146,24 @@ class Spool:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._number = 0
+        self._shared: dict[str, SharedFile] = {}
+
+    def share(self, path: str, released: Callable[[str, bool], None]) -> FileSlice:
+        """A body that is all of a child's shared memory; `released(path, reusable)` is told its end. Raises OSError."""
+
+        def end(reusable: bool) -> None:
+            del self._shared[path]
+            released(path, reusable)
+
+        file = self._shared[path] = SharedFile(path, end)
+        file.owners = 1
+        return FileSlice(file, 0, file.size)
+
+    def close(self) -> None:
+        """The job is over here: let go of what was shared."""
+        for file in self._shared.values():
+            file.close()
+        self._shared.clear()
 
     def path(self, kind: str) -> str:
         """A name that was not given before."""

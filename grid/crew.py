@@ -51,6 +51,12 @@ class Crew:
         self.starting += 1
         self._nursery.start_soon(self._run_worker)
 
+    def expect(self, modules: tuple[str, ...]) -> None:
+        """Tell the worker that is likely to get the next bundle what that will need."""
+        worker = next((worker for worker in self.workers if worker.idle), None)
+        if worker is not None:
+            worker.prepare(modules)
+
     async def _run_worker(self) -> None:
         child: Child | None = None
         try:
@@ -93,6 +99,8 @@ class Crew:
                 self._site.workshop.pump()
             case wire.Returned():
                 self._returned(worker, message)
+            case wire.Unmapped(ticket=number, clean=clean):
+                worker.unmapped(number, clean)
             case wire.Print():
                 self._site.uplink.printed(message, data)
             case wire.Ready():
@@ -132,6 +140,8 @@ class Crew:
             self._site.workshop.pump()
 
     def _returned(self, worker: SiteWorker, message: wire.Returned) -> None:
+        if message.lo < 0:  # else it works on the rest, and tells itself when it is through
+            worker.unmapped(message.ticket, clean=True)
         ticket = worker.tickets.get(message.ticket)
         if ticket is None:
             return
@@ -165,6 +175,8 @@ class Crew:
 
     def _bury(self, worker: SiteWorker) -> None:
         """A worker ended: the task it ran failed (unless the peer ended it on purpose); the rest runs again."""
+        for number in list(worker.lent):
+            worker.unmapped(number, clean=False)  # what it forked may live on for a moment
         if worker.nests:
             self._site.uplink.relay_closed(worker)
         if self._site.closed:

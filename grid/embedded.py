@@ -34,7 +34,7 @@ from grid.core.job import JobId
 from grid.jobdata import JobData
 from grid.jobplace import JobPlace, fetch_segment
 from grid.leader import Leader
-from grid.leadjob import serve_driver
+from grid.leadjob import serve_driver, shared_bytes
 from grid.pack_errors import PackError
 from grid.site import Held, Site, SiteStage
 from grid.worker.environment import Environment
@@ -128,7 +128,7 @@ async def _serve(
     workshop.sites.append(site)
     for _ in range(min(PRESTARTED, workshop.slots)):
         site.crew.start_worker()
-    driver.post(wire.Setup(**{**_fields(setup), "role": "driver"}))
+    driver.post(wire.Setup(**{**_fields(setup), "role": "driver", "shared_bytes": shared_bytes()}))
     place = JobPlace(job, folder, spool, data, processes, site, setup)
     nursery.start_soon(_sweep, leader)
     broken = await serve_driver(driver, leader, place, nursery)

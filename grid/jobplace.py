@@ -117,6 +117,7 @@ async def open_place(
             if processes is not None:
                 await processes.aclose()
             data.close()
+            spool.close()
             await trio.to_thread.run_sync(clean, folder)
         services.workshop.pump()
 

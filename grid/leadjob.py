@@ -49,6 +49,7 @@ from grid.jobview import JobView
 from grid.leader import Leader
 from grid.producer import Producer
 from grid.recorder import LogRecorder
+from grid.worker import memory
 
 if TYPE_CHECKING:
     from grid.core.messages import Message
@@ -346,9 +347,8 @@ class LeadJob:
         stdin = await self._open_stdin(place)
         pipes = [os.pipe(), os.pipe()]
         try:
-            driver = self._driver = await place.processes.start_driver(
-                place.setup, stdin=stdin, stdout=pipes[0][1], stderr=pipes[1][1]
-            )
+            setup = msgspec.structs.replace(place.setup, shared_bytes=shared_bytes())
+            driver = self._driver = await place.processes.start_driver(setup, stdin=stdin, stdout=pipes[0][1], stderr=pipes[1][1])
         finally:
             for _, write in pipes:
                 os.close(write)
@@ -467,6 +467,9 @@ async def serve_driver(driver: Child, leader: Leader, place: JobPlace, nursery: 
         with contextlib.suppress(Exception):  # a driver that is gone is told by its frames' end
             driver.post(message, body)
 
+    def release(path: str, reusable: bool) -> None:
+        post(wire.Released(path, reusable))
+
     def post_frame(message: wire.ToChild, body: Body) -> None:
         from grid.leader import post_body
 
@@ -480,6 +483,8 @@ async def serve_driver(driver: Child, leader: Leader, place: JobPlace, nursery: 
                     nursery.start_soon(place.data.serve, post, message, data)
                 case wire.Ready() | wire.Print():
                     pass
+                case wire.Page(path=path, shared=True):
+                    producer.handle(message, place.spool.share(path, release))
                 case wire.Page(path=path) if path:
                     producer.handle(message, bodies.whole_file(path))
                 case _:
@@ -493,6 +498,12 @@ async def serve_driver(driver: Child, leader: Leader, place: JobPlace, nursery: 
     finally:
         producer.close()
     return ""
+
+
+def shared_bytes() -> int:
+    """How much memory a driver of this machine may share: its pages beyond that go to disk."""
+    _, available = memory.machine_bytes()
+    return min(limits.SHARED_BYTES_MAX, int(available * limits.SHARED_SHARE))
 
 
 def write_record(path: Path, data: bytes) -> None:
@@ -515,4 +526,4 @@ def _walk(folder: Path) -> list[tuple[str, int]]:
     return sorted(found)
 
 
-__all__ = ["CANCELLED", "LeadJob", "serve_driver", "write_record"]
+__all__ = ["CANCELLED", "LeadJob", "serve_driver", "shared_bytes", "write_record"]

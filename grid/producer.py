@@ -74,6 +74,8 @@ class Producer:
                 if hi < 0:
                     self._abandon(index)
                 self._leader.cancel(index, lo, hi, record=True)
+            case wire.Expect(modules) if not self._nested:
+                self._leader.site.crew.expect(modules)
             case wire.Same(number, ranges) if self._leader.replaying is not None and not self._nested:
                 self._leader.replaying.same(number, ranges)
             case wire.Consumed(stage, size):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from grid import body as bodies
 from grid.api import wire
-from grid.body import FileSlice
+from grid.body import FileSlice, SharedFile
 from grid.core.ranges import RangeSet
 from grid.worker.process import ChildGone
 
@@ -50,6 +50,9 @@ class SiteWorker:
         self.gone = False
         self.nests = False
         self.cpus = 1
+        self.lent: dict[int, SharedFile] = {}
+        """Shared memory that it maps, by ticket."""
+        self._prepared = False
         self._functions: set[int] = set()
 
     @property
@@ -77,11 +80,18 @@ class SiteWorker:
         self.gone = True
         self.child.kill(why)
 
+    def prepare(self, modules: tuple[str, ...]) -> None:
+        """Have it import these while it has nothing to do; once before each bundle, so that what waits for it is bounded."""
+        if not self._prepared:
+            self._prepared = True
+            self.post(wire.Import(modules))
+
     def run(self, ticket: Ticket, stage: SiteStage, held: Held, site: Site) -> None:
         """Give it a bundle."""
         if not self.tickets:
             self.cpus = min(stage.options.cpus, site.workshop.slots)
         self.tickets[ticket.number] = ticket
+        self._prepared = False
         if ticket.fn not in self._functions:
             self._functions.add(ticket.fn)
             function = site.functions[ticket.fn]
@@ -89,7 +99,7 @@ class SiteWorker:
             self.post(wire.Function(ticket.fn), bodies.read(function))
         body = held.body
         assert body is not None
-        path, data = "", b""
+        path, data, shared = "", b"", False
         if isinstance(body, FileSlice):
             whole = body.whole
             if not whole and body.length > wire.INLINE_BYTES_MAX:
@@ -97,13 +107,28 @@ class SiteWorker:
                 whole = True
             if whole:
                 path = body.file.path
+                if isinstance(body.file, SharedFile):
+                    shared = True
+                    body.file.lent += 1
+                    self.lent[ticket.number] = body.file
+                    self.child.shared_bytes += body.length
             else:
                 data = bodies.read(body)
         else:
             path, data = _in_parts(held, body, ticket, site)
         first, attempt = held.segment.first, stage.attempts.get(ticket.lo, 0)
         timed = bool(stage.options.task_timeout_s)
-        self.post(wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed), data)
+        run = wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed, shared)
+        self.post(run, data)
+
+    def unmapped(self, number: int, clean: bool) -> None:
+        """It is through with a ticket's shared memory, or never began it. clean: it maps it no longer."""
+        file = self.lent.pop(number, None)
+        if file is None:
+            return
+        if clean:
+            self.child.shared_bytes -= file.size
+        file.give_back(clean)
 
     def wait(self, blocked: bool) -> None:
         """Its task began or ended a wait for children."""

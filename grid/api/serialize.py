@@ -21,7 +21,9 @@ import io
 import mmap
 import os
 import pickle
+import re
 import struct
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -293,6 +295,18 @@ def dump_segment(items: Iterable[Any], kind: int = ONE) -> tuple[list[Buffer], t
     for item in items:
         writer.add(item)
     return writer.finish()[0], writer.refs
+
+
+_GLOBAL = re.compile(rb"\x8c.([A-Za-z_][\w.]*)\x94\x8c.[\w.]+\x94\x93", re.DOTALL)  # as protocol 5 first names one of a module
+
+
+def modules_in(parts: Sequence[Buffer]) -> tuple[str, ...]:
+    """Modules loaded here that the pickles among a segment's parts name, at least those named near their beginning."""
+    found: dict[str, None] = {}
+    for part in parts:
+        if type(part) is bytes and len(part) <= OUT_OF_BAND_BYTES:
+            found.update((match[1].decode(), None) for match in _GLOBAL.finditer(part))
+    return tuple(name for name in found if name in sys.modules and name != "__main__")
 
 
 # ---- reading segments ------------------------------------------------------------------------------------------------

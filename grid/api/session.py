@@ -26,6 +26,7 @@ from grid.api.channel import Channel, ChannelClosed
 from grid.api.errors import GridError
 from grid.api.reading import Reading
 from grid.api.replay import Cuts, Record
+from grid.api.shared import SharedMemory
 
 if TYPE_CHECKING:
     from grid.api.stages import Stage
@@ -38,6 +39,8 @@ TICK_S = 0.005
 """How long an item may wait while the generator it came from is slow to give the next."""
 FUNCTIONS_MAX = 1024
 """Functions remembered by content, so that mapping the same one again doesn't send it again."""
+EXPECT_BYTES = 8 << 20
+"""A page from this size on takes milliseconds to write: time for an import."""
 UNREAD_MAX = 16
 """Stages with errors that nobody read, of which the end of the script tells."""
 
@@ -70,6 +73,8 @@ class Session:
         self._requests: dict[int, wire.Reply | None] = {}
         self._replied = threading.Condition()
         self._spool_count = 0
+        self._expected: dict[str, None] = {}
+        self._shared = SharedMemory(setup.shared_bytes)
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # put() is safe even from a finaliser
         self._awake = False
         self._flusher: threading.Thread | None = None
@@ -135,6 +140,8 @@ class Session:
             stage = self._stages.get(message.stage)
             if stage is not None:
                 stage.on_throttle(message.hold)
+        elif kind is wire.Released:
+            self._shared.released(message.path, message.reusable)
         elif kind is wire.Reply:
             with self._replied:
                 if message.id in self._requests:
@@ -249,6 +256,21 @@ class Session:
                 os.unlink(path)
             raise GridError(f"can't write {path}: {error.strerror}: free some space on that disk") from error
         return path
+
+    def expect(self, parts: list[serialize.Buffer], size: int) -> None:
+        """Before a page is written that takes a while: have a worker import meanwhile what it will need."""
+        if self.worker or size < EXPECT_BYTES:
+            return
+        found = serialize.modules_in(parts)
+        with self._lock:
+            new = tuple(name for name in found if name not in self._expected)
+            self._expected.update(dict.fromkeys(new))
+        if new:
+            self.send(wire.Expect(new))
+
+    def share(self, parts: list[serialize.Buffer], size: int) -> str:
+        """Write the parts into memory that the peer and its workers can map; "" if there is none to be had: spool them."""
+        return self._shared.write(parts, size)
 
     def put(self, parts: list[serialize.Buffer], size: int) -> str:
         """Store bytes as a blob; return its hex name."""

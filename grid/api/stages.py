@@ -115,8 +115,11 @@ class Stage:
             self.total = self._flushed
         self._flushed_at = time.monotonic()
         if size > wire.INLINE_BYTES_MAX:
-            path = self.session.spool(parts)
-            self.session.send(wire.Page(self.number, first, counts, lengths, refs, path, final))
+            self.session.expect(parts, size)
+            path = self.session.share(parts, size)
+            shared = bool(path)
+            path = path or self.session.spool(parts)
+            self.session.send(wire.Page(self.number, first, counts, lengths, refs, path, final, shared))
         else:
             self.session.send(wire.Page(self.number, first, counts, lengths, refs, "", final), *parts)
 

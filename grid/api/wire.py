@@ -70,6 +70,7 @@ class Setup(Message, tag=1, frozen=True):
     epoch: int = 1
     name: str = ""  # the peer's name
     replay: str = ""  # file with the cuts of an earlier run of this driver (grid.api.replay); "": it runs for the first time
+    shared_bytes: int = 0  # of pages that a driver may have in memory which it shares with the peer and its workers; 0: none
 
 
 class Function(Message, tag=2, frozen=True):
@@ -94,6 +95,7 @@ class Run(Message, tag=3, frozen=True):
     attempt: int = 0
     path: str = ""
     timed: bool = False
+    shared: bool = False  # what is at path will be written anew once nobody maps it: answer Unmapped, too
 
 
 class Result(Message, tag=4, frozen=True):
@@ -181,6 +183,19 @@ class CompareFunction(Message, tag=12, frozen=True):
     old_bytes: int
 
 
+class Released(Message, tag=13, frozen=True):
+    """To a driver: the peer is done with the shared memory at `path`. reusable: nobody maps it, it may be written anew."""
+
+    path: str
+    reusable: bool
+
+
+class Import(Message, tag=14, frozen=True):
+    """To a worker that has nothing to do: the next Run's arguments will need these modules. Not answered."""
+
+    modules: tuple[str, ...]
+
+
 # ---- child → peer ----------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +246,7 @@ class Page(Message, tag=23, frozen=True):
     refs: tuple[tuple[str, ...], ...] = ()
     path: str = ""
     final: bool = False
+    shared: bool = False  # path is memory of the driver, which it does not touch before it is Released
 
 
 class Close(Message, tag=24, frozen=True):
@@ -340,8 +356,34 @@ class Same(Message, tag=36, frozen=True):
     ranges: tuple[tuple[int, int], ...] = ()
 
 
+class Unmapped(Message, tag=37, frozen=True):
+    """Worker: a ticket whose Run said `shared` is over. clean: nothing of this process maps its arguments any more."""
+
+    ticket: int
+    clean: bool
+
+
+class Expect(Message, tag=38, frozen=True):
+    """Driver: a page that takes a while to write will need these modules where its tasks run."""
+
+    modules: tuple[str, ...]
+
+
 ToChild: TypeAlias = (
-    Setup | Function | Run | Result | Failure | Cancelled | Reply | Stop | Throttle | Revoke | Compare | CompareFunction
+    Setup
+    | Function
+    | Run
+    | Result
+    | Failure
+    | Cancelled
+    | Reply
+    | Stop
+    | Throttle
+    | Revoke
+    | Compare
+    | CompareFunction
+    | Released
+    | Import
 )
 FromChild: TypeAlias = (
     Ready
@@ -361,6 +403,8 @@ FromChild: TypeAlias = (
     | ListInputs
     | Returned
     | Same
+    | Unmapped
+    | Expect
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -80,6 +80,10 @@ COMPLETION_BYTES_MAX: Final = 512 << 10
 """Inline results of one completion message."""
 ARGUMENT_MEMORY_BYTES_MAX: Final = 64 << 20
 """Argument segments a leader keeps in memory; above it they go to the blob store."""
+SHARED_BYTES_MAX: Final = 1 << 30
+SHARED_SHARE: Final = 0.125
+"""Argument pages that one driver has in memory which processes share, and the share of the machine's available memory that they
+may take as a driver starts: beyond it they go to disk."""
 RESULT_MEMORY_BYTES_MAX: Final = 64 << 20
 """Results a leader keeps in memory until they are consumed; above it they go to the blob store."""
 CREDIT_BYTES: Final = 16 << 20

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import mmap
 import os
 import platform
@@ -47,6 +48,8 @@ LOOK_NS: Final = 500_000
 Where tasks turn slow in between, the clock thread flushes."""
 LOOK_GROWTH: Final = 4
 LOOK_TASKS_MAX: Final = 1024
+MADV_POPULATE_READ: Final = 22
+"""Linux 5.14; where there is none, pages come one after the other."""
 _USED: Final = object()
 
 
@@ -94,6 +97,9 @@ class Worker:
         self._arrived = threading.Condition()
         self._functions: dict[int, Any] = {}
         self._segments: deque[tuple[wire.Run, Any, serialize.Segment]] = deque(maxlen=SEGMENTS_KEPT)
+        self._imports: tuple[str, ...] = ()
+        self._mapped: mmap.mmap | None = None
+        self._forks = 0
         self._busy = False
         self._clock_runs = threading.Event()
         self._seeder = Seeder(setup.seed)
@@ -101,6 +107,7 @@ class Worker:
         self._prints = Prints(channel.send, lambda: self._session.task)
         self._prints.install()
         self._reporter = Reporter(self._session, self._prints)
+        os.register_at_fork(after_in_parent=self._forked)
         self._seeder.watch(lambda: self._seeder.of(*self._session.task[:2]))
 
     def serve(self) -> None:
@@ -137,6 +144,9 @@ class Worker:
         if kind is wire.Function:
             self._functions[message.fn] = _Unloaded(body)
             return
+        if kind is wire.Import:
+            self._imports += message.modules
+            return
         with self._arrived:
             if kind is wire.Run:
                 self._queue.append((message, body))
@@ -158,7 +168,10 @@ class Worker:
             with self._arrived:
                 if self._queue:
                     return self._queue.popleft()
-            if current.pump(lambda: self._queue):
+            if self._imports:
+                self._import()
+                continue
+            if current.pump(lambda: self._queue or self._imports):
                 continue
             with self._arrived:  # the session's reader has taken over
                 while not self._queue and current.error is None:
@@ -166,9 +179,27 @@ class Worker:
             if not self._queue and current.error is not None:
                 raise ChannelClosed(str(current.error))
 
+    def _import(self) -> None:
+        """What the next arguments will need. What can't be imported is told when they are loaded."""
+        names, self._imports = self._imports, ()
+        for name in names:
+            with contextlib.suppress(BaseException):
+                importlib.import_module(name)
+
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
     def _run(self, run: wire.Run, body: Any) -> None:
+        if not run.shared:
+            self._run_bundle(run, body)
+            return
+        forks = self._forks
+        try:
+            self._run_bundle(run, body)
+        finally:
+            clean = self._unmap() and forks == self._forks
+            self._channel.send(wire.Unmapped(run.ticket, clean))
+
+    def _run_bundle(self, run: wire.Run, body: Any) -> None:
         reporter = self._reporter
         reporter.begin(run)
         self._session.task = (run.stage, run.lo, run.attempt)  # of what its function and arguments run as they are loaded
@@ -248,7 +279,7 @@ class Worker:
         lo, hi = run.lo - run.first, run.hi - run.first
         segment = self._known(run, body, lo, hi)
         if segment is None:
-            segment = serialize.load_segment(serialize.map_file(run.path) if run.path else body)
+            segment = serialize.load_segment(self._map(run) if run.path else body)
             if len(segment.items) > hi - lo:
                 self._segments.append((run, body, segment))
         items = segment.items
@@ -260,6 +291,28 @@ class Worker:
         if len(items) != hi - lo:
             raise serialize.SegmentError(f"tasks [{run.lo}, {run.hi}) are not in their segment")
         return segment.bind(function), items
+
+    def _map(self, run: wire.Run) -> memoryview:
+        """The Run's file. Shared memory is all there: it is mapped at once instead of a few pages at each touch."""
+        view = serialize.map_file(run.path)
+        if run.shared and isinstance(view.obj, mmap.mmap):
+            self._mapped = view.obj
+            with contextlib.suppress(OSError):
+                view.obj.madvise(MADV_POPULATE_READ)
+        return view
+
+    def _unmap(self) -> bool:
+        """Let go of shared memory; False if something still has it: a task kept its arguments."""
+        mapping, self._mapped = self._mapped, None
+        try:
+            if mapping is not None:
+                mapping.close()
+        except BufferError:
+            return False
+        return True
+
+    def _forked(self) -> None:
+        self._forks += 1  # what it forked maps what we do
 
     def _known(self, run: wire.Run, body: Any, lo: int, hi: int) -> serialize.Segment | None:
         for other, data, segment in self._segments:

@@ -156,7 +156,7 @@ class WorkerPool:
             children = self.children()
             sizes = {child: child.rss_bytes() for child in children}
             for child, size in sizes.items():
-                if child.memory_bytes_max and size > child.memory_bytes_max:
+                if child.memory_bytes_max and size - child.shared_bytes > child.memory_bytes_max:
                     child.kill("memory")
             _, available = memory.machine_bytes()
             now = trio.current_time()

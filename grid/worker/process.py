@@ -52,6 +52,8 @@ class Child:
         self.why = ""
         """Why we killed it: "memory", "timeout", "protocol" or what `kill` was given; "" if we did not."""
         self.memory_bytes_max = 0
+        self.shared_bytes = 0
+        """Of its memory: another process' that it was given to map, which is not for it to answer for."""
         self.grace_s = 2.0
         """What `stop` grants."""
         self._kill: Callable[[], None] = lambda: None

@@ -143,7 +143,9 @@ class FakePeer:
 
     def _page(self, page: wire.Page, body: Any) -> None:
         data = Path(page.path).read_bytes() if page.path else bytes(body)
-        if page.path:
+        if page.shared:
+            self.post(wire.Released(page.path, True))
+        elif page.path:
             os.unlink(page.path)
         assert sum(page.lengths) == len(data)
         assert len(page.counts) == len(page.lengths)

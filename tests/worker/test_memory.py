@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from grid.api import wire
+from grid.api import serialize, wire
 from grid.worker import memory
 from grid.worker.pool import WorkerPool
 from tests.worker.conftest import PATIENCE_S, Tasks
@@ -53,6 +56,39 @@ async def test_memory_of_subprocesses_counts(pool: WorkerPool, setup: wire.Setup
         await tasks.child.exited.wait()
         await job.aclose()
     assert (tasks.child.status, tasks.child.why) == (-signal.SIGKILL, "memory")
+
+
+async def test_shared_arguments_do_not_count(pool: WorkerPool, setup: wire.Setup) -> None:
+    """They are another process' memory: with a subprocess' own they would be over the limit."""
+
+    def task(data: memoryview) -> int:
+        import subprocess
+        import sys
+
+        subprocess.run([sys.executable, "-c", "import time; x = b'x' * (90 << 20); time.sleep(0.5)"], check=True)
+        return sum(data[:: 1 << 12])
+
+    with trio.fail_after(PATIENCE_S):
+        job = await pool.open_job(setup=setup, memory_bytes_max=LIMIT)
+        tasks = Tasks(await job.start_worker())
+    parts, _ = serialize.dump_segment([Shared()])
+    fd = os.memfd_create("page")
+    os.writev(fd, parts)
+    tasks.child.shared_bytes = os.fstat(fd).st_size
+    await tasks.define(task)
+    await tasks.child.send(wire.Run(1, 0, 0, 0, 0, 1, 0, f"/proc/{os.getpid()}/fd/{fd}", True))
+    await tasks.finish(1)
+    os.close(fd)
+    assert tasks.results == {0: 150 << 8}, tasks.failures
+    with trio.fail_after(PATIENCE_S):
+        await job.aclose()
+
+
+class Shared:
+    """150 MiB, used where they lie."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return memoryview, (pickle.PickleBuffer(b"\1" * (150 << 20)),)
 
 
 async def test_largest_worker_goes_when_the_machine_runs_out(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -411,3 +413,66 @@ async def test_stop_lets_queued_tasks_finish(tasks: Tasks) -> None:
         await tasks.child.exited.wait()
         assert [frame async for frame in tasks.child.frames] == []
     assert (tasks.child.status, tasks.child.why) == (0, "")
+
+
+class InPlace:
+    """Its buffer is used where it lies, as an array's is."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return memoryview, (pickle.PickleBuffer(bytearray(b"page" * 50_000)),)
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """Stands for shared memory."""
+    parts, _ = serialize.dump_segment([InPlace()])
+    path = tmp_path / "page"
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+async def lend(tasks: Tasks, page: Path, function: Callable[[memoryview], Any]) -> bool:
+    """Whether it is let go after a task. The function is defined anew each time."""
+    number = len(tasks.frames)
+    await tasks.define(function, number)
+    tasks.results.clear()
+    await tasks.child.send(wire.Run(number, 0, number, 0, 0, 1, 0, str(page), True))
+    found = await tasks.until(lambda message, _: isinstance(message, wire.Unmapped))
+    assert isinstance(found, wire.Unmapped)
+    assert found.ticket == number
+    return found.clean
+
+
+async def test_shared_arguments_are_let_go_unless_a_task_kept_them(tasks: Tasks, page: Path) -> None:
+    assert await lend(tasks, page, len)
+    assert await lend(tasks, page, lambda data: bytes(data).index(b"no"))
+    assert tasks.failures[0][0].type_name == "ValueError"
+    assert await lend(tasks, page, lambda data: data)
+    assert tasks.results == {0: b"page" * 50_000}
+    assert not await lend(tasks, page, lambda data: globals().update(kept=data))
+    assert await lend(tasks, page, len)
+
+
+async def test_shared_arguments_may_live_on_in_what_a_task_forked(tasks: Tasks, page: Path) -> None:
+    def task(data: memoryview) -> None:
+        import os
+        import signal
+
+        if os.fork() == 0:
+            signal.pause()
+
+    assert not await lend(tasks, page, task)
+
+
+async def test_modules_are_imported_before_they_are_needed(tasks: Tasks, tmp_path: Path) -> None:
+    (tmp_path / "code" / "odd_module.py").write_text("print('imported')\n")
+    (tmp_path / "code" / "broken_module.py").write_text("raise SystemExit(3)\n")
+    await tasks.child.send(wire.Import(("broken_module", "no_such_module", "odd_module")))
+    await tasks.until(lambda message, body: isinstance(message, wire.Print) and b"imported" in body)
+
+    def loaded() -> bool:
+        import sys
+
+        return "odd_module" in sys.modules
+
+    assert await tasks.call(loaded)
