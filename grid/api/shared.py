@@ -6,6 +6,7 @@ descriptor in /proc. Rules this file keeps:
 
 - what was sent is not touched before the peer says that nobody maps it (`Released`); then it is written anew, or given up;
 - all of it, in use or kept for later, is at most the bytes that the peer allowed; what is kept and not used goes soon;
+- a block whose writing was interrupted (SIGINT) stays as it is: threads may be writing to it;
 - where there is none to be had (another system, no room), `write` says so before anything was written.
 """
 
@@ -129,14 +130,14 @@ class _Block:
             self._fit()
         at = 0
         for part in parts:
-            with memoryview(part) as view:
-                if view.nbytes:
-                    with view.cast("B") as source:
-                        if self._map is None:
-                            self._fill(at, source)
-                        else:
-                            _copy(self._map, at, source)
-                at += view.nbytes
+            if not memoryview(part).nbytes:
+                continue
+            source = memoryview(part).cast("B")
+            if self._map is None:
+                self._fill(at, source)
+            else:
+                _copy(self._map, at, source)
+            at += len(source)
         assert at == self.size
         self._length = at
 
@@ -179,16 +180,17 @@ def _copy(target: mmap.mmap, at: int, source: memoryview) -> None:
         return
     import ctypes
 
-    ends = ctypes.c_char.from_buffer(target, at), ctypes.c_char.from_buffer(source)  # while these live, the memory stays
-    to, origin = map(ctypes.addressof, ends)
+    ends = ctypes.c_char.from_buffer(target, at), ctypes.c_char.from_buffer(source)
+
+    def move(start: int, ends: tuple[ctypes.c_char, ctypes.c_char] = ends) -> None:
+        """While `ends` live, the memory stays: an interrupt may end the caller before the other threads."""
+        to, origin = map(ctypes.addressof, ends)
+        ctypes.memmove(to + start, origin + start, min(share, size - start))
+
     share = -(-size // min(COPIERS_MAX, os.cpu_count() or 1))
-    others = [
-        threading.Thread(target=ctypes.memmove, args=(to + start, origin + start, min(share, size - start)))
-        for start in range(share, size, share)
-    ]
+    others = [threading.Thread(target=move, args=(start,)) for start in range(share, size, share)]
     for other in others:
         other.start()
-    ctypes.memmove(to, origin, min(share, size))
+    move(0)
     for other in others:
         other.join()
-    del ends
