@@ -75,7 +75,7 @@ class Ledger:
 
     @property
     def unsettled(self) -> int:
-        """Tasks declared and not settled. Costs what is under way, not what a long job has behind it: it is asked at each pump."""
+        """Tasks declared and not settled. Costs what is under way, not what a long job has behind it: each pump asks."""
         for index in [index for index, stage in self._live.items() if stage.complete]:
             del self._live[index]
         return sum(stage.unsettled for stage in self._live.values())
