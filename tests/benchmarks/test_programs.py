@@ -11,6 +11,7 @@ import pytest
 from benchmarks.limits import main as limits
 from benchmarks.rivals.program import main as rivals
 from benchmarks.rivals.session import Failed, Session
+from benchmarks.shapes import main as shapes
 
 pytestmark = pytest.mark.real
 
@@ -63,3 +64,11 @@ def test_limits_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[st
     limits(["--only", "hashing", "disk", "--seconds", "0.02", "--json", str(path)])
     assert all(sample > 0 for limit in json.loads(path.read_text())["limits"] for sample in limit["samples"])
     assert "BLAKE3, 1 MiB" in capsys.readouterr().out
+
+
+def test_work_of_some_shape(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    shapes(["--peers", "2", "--slots", "1", "--only", "nested", "--json", str(path)])
+    found = json.loads(path.read_text())["shapes"]["nested"]
+    assert 0 < found["efficiency"] <= 1
+    assert sum(found["peers"].values()) == 40 + 20 + 400  # to warm up, those that map, and theirs
