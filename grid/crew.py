@@ -148,7 +148,7 @@ class Crew:
         lo, hi = max(message.lo, ticket.at), ticket.hi
         ticket.hi = min(lo, hi)
         if ticket.at == ticket.hi:
-            del worker.tickets[ticket.number]
+            worker.close(ticket)
         elif message.lo >= 0:  # so that no more of them are handed out than it is worth
             self._site.stages[ticket.stage].pace.record(ticket.hi - ticket.at, max(0, message.elapsed_us) / 1e6)
         self._requeue(ticket, lo, hi)
@@ -164,7 +164,7 @@ class Crew:
         self._start_failures = 0
         ticket.at = at
         if final:
-            del worker.tickets[ticket.number]
+            worker.close(ticket)
         self.idle_since_s = trio.current_time()
 
     def _requeue(self, ticket: Ticket, lo: int, hi: int) -> None:
@@ -184,7 +184,8 @@ class Crew:
         child = worker.child
         index, _ = child.progress()
         tickets = list(worker.tickets.values())
-        worker.tickets.clear()
+        for ticket in tickets:
+            worker.close(ticket)
         blamed = child.why not in ON_PURPOSE
         culprit = next((ticket for ticket in tickets if blamed and ticket.at <= index < ticket.hi), None)
         for ticket in reversed(tickets):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from grid import body as bodies
 from grid.api import wire
-from grid.body import FileSlice, SharedFile
+from grid.body import FileSlice, SharedFile, SpoolFile
 from grid.core.ranges import RangeSet
 from grid.worker.process import ChildGone
 
@@ -37,6 +37,7 @@ class Ticket:
     at: int
     fn: int
     dropped: RangeSet | None = None  # of [lo, hi): settled elsewhere or cancelled, not to be run again
+    file: SpoolFile | None = None  # it may still have to open this, whoever else is through with it
 
 
 class SiteWorker:
@@ -121,6 +122,12 @@ class SiteWorker:
         run = wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed, shared)
         self.post(run, data)
 
+    def close(self, ticket: Ticket) -> None:
+        """It is answered, or this worker is gone."""
+        del self.tickets[ticket.number]
+        if ticket.file is not None:
+            ticket.file.release()
+
     def unmapped(self, number: int, clean: bool) -> None:
         """It is through with a ticket's shared memory, or never began it. clean: it maps it no longer."""
         file = self.lent.pop(number, None)
@@ -144,4 +151,8 @@ def _in_parts(held: Held, body: bytes, ticket: Ticket, site: Site) -> tuple[str,
         with contextlib.suppress(OSError):  # a full disk
             held.copy = site.spool.write("segment", body)
             held.copy.owners = 1
-    return ("", body) if held.copy is None else (held.copy.path, b"")
+    if held.copy is None:
+        return "", body
+    held.copy.owners += 1
+    ticket.file = held.copy
+    return held.copy.path, b""
