@@ -63,7 +63,7 @@ PACK_BYTES: Final = 4 << 20
 ALONE_BYTES: Final = 1 << 20
 """A result from this size on is a blob of its own. What a blob costs two peers besides its bytes (files, fsyncs, messages) is as
 much as this many bytes cost."""
-GATHER_S: Final = 0.2
+GATHER_S: Final = 0.1
 """How long results may wait for company in a blob, while nothing that stands behind them is to be shown (cf. PATIENCE_S)."""
 ARGUMENTS_KEPT_BYTES_MAX: Final = 64 << 20
 """Argument bytes of one job that are kept for comparing with those of a replay; beyond it differing segments run again."""

@@ -53,6 +53,8 @@ INBOX_EVENTS_MAX: Final = 8_192
 INBOX_BYTES_MAX: Final = 32 << 20
 ROUND_EVENTS_MAX: Final = 512
 """Handled before the disk is asked: what shares one fsync."""
+CALM_S: Final = 10.0
+"""After a member was lost, or another one had to take over, facts don't wait for company for so long: deaths come in series."""
 CLOCK_SLACK_S: Final = 1e-6
 """A timer may fire so much too early: sums of floats."""
 log = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ class Replica:
         self._wake_s = math.inf
         self._own_term = 0  # the term whose first entry, this leader's, is applied
         self._ruling = 0  # the term of the leadership that `took_over` told of
+        self._calm_from_s = -math.inf
         self._stopping = trio.CancelScope()
         self._ended_told = False
         if found is None:
@@ -189,12 +192,12 @@ class Replica:
     def propose(self, proposed: Sequence[AnyFact], patient: bool = False) -> int:
         """The number of the last of these facts, for `committed`. Raises NotLeadingError; ValueError: one is too large.
 
-        patient: nobody waits for them yet; they may share an entry with what comes a little later.
+        patient: nobody waits for them yet; in calm times they may share an entry with what comes a little later.
         """
         if not self.leads():
             raise NotLeadingError("this peer does not lead the job any more")
-        due_s = self._batch.due_s()
-        number = self._batch.add(proposed, self._clock(), patient)
+        due_s, now_s = self._batch.due_s(), self._clock()
+        number = self._batch.add(proposed, now_s, patient and now_s >= self._calm_from_s)
         if self._batch.due_s() < due_s:
             self._bell.ring()
         return number
@@ -239,6 +242,8 @@ class Replica:
             self._hooks.changed(self)
         else:
             self._ruling = term
+            if term > 1 or self.branch.name:
+                self._calm_from_s = self._clock() + CALM_S
             self._hooks.took_over(self, term)
         self.progress.ring()
         self._bell.ring()
@@ -252,7 +257,11 @@ class Replica:
             self.push(fx.Receive(sender, self.node, message), len(data))
 
     def disconnected(self, peer: PeerId) -> None:
-        """The connection to a peer broke."""
+        """The connection to a peer broke. A member may not be the last one to go: nothing waits for company now."""
+        if peer in self.voters:
+            self._calm_from_s = self._clock() + CALM_S
+            self._batch.hurry(self._clock())
+            self._bell.ring()
         leader = self.raft.leader
         if leader is not None and leader.peer == peer:
             self.push(fx.Disconnected(leader))

@@ -19,7 +19,7 @@ from grid.core.raft_limits import ENTRY_BYTES_MAX
 
 BATCH_DELAY_S: Final = 0.02
 """Facts wait so long for company while others are on their way: an fsync and a round trip take about as much."""
-PATIENCE_S: Final = 0.2
+PATIENCE_S: Final = 0.1
 """How long results may wait for company while nothing that stands behind them is to be shown: what a leader's death can cost
 of its own workers' time. Each batch costs every replica a message, an fsync and an answer, at the expense of its tasks."""
 BATCH_BYTES: Final = 256 << 10

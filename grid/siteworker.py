@@ -119,7 +119,9 @@ class SiteWorker:
             path, data = _in_parts(held, body, ticket, site)
         first, attempt = held.segment.first, stage.attempts.get(ticket.lo, 0)
         timed = bool(stage.options.task_timeout_s)
-        run = wire.Run(ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed, shared)
+        run = wire.Run(
+            ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed=timed, shared=shared
+        )
         self.post(run, data)
 
     def close(self, ticket: Ticket) -> None:

@@ -56,8 +56,7 @@ def test_waiting_for_the_peer_keeps_the_slot(worker: FakePeer) -> None:
     """Others started in its place would ask for the same blob and wait, too: hundreds of processes for one fetch."""
     ref = grid.put(os.urandom(wire.INLINE_BYTES_MAX + 1))  # nobody has loaded it in this process
     assert len(ref.get()) == wire.INLINE_BYTES_MAX + 1
-    assert worker.of(wire.Put)
-    assert worker.of(wire.Fetch)
+    worker.wait_for(lambda: worker.of(wire.Put) and worker.of(wire.Fetch))
     assert not worker.of(wire.Waiting)
 
 

@@ -287,7 +287,7 @@ def test_full_disk_fails_the_job_not_the_peer(grid: Grid, small_disk: Path) -> N
     (peer.folder / "big.bin").unlink(missing_ok=True)
     other = grid.join(peer)
     scripts = {  # each needs more than the disk has
-        "argument": "import grid\nprint(grid.submit(len, bytes(200 << 20)).result())",
+        "object": "import grid\nprint(grid.submit(len, grid.put(bytes(200 << 20))).result())",
         "result": "import grid\nprint(len(grid.submit(bytes, 200 << 20).result()))",
         "output": "import grid\ngrid.output('x').write_bytes(bytes(200 << 20))",
         "stdout": "for _ in range(200): print('x' * (1 << 20))",
@@ -301,6 +301,8 @@ def test_full_disk_fails_the_job_not_the_peer(grid: Grid, small_disk: Path) -> N
         assert state(peer, "last") == "failed", name
         again = peer.job(healthy)
         assert again.out == "4950\n", (name, again.err, peer.log.read_text()[-2000:])
+    done = peer.job("import grid\nprint(grid.submit(len, bytes(200 << 20)).result())")
+    assert (done.status, done.out) == (0, f"{200 << 20}\n"), "an argument of a task at the same peer needs no disk"
     assert other.job(healthy).out == "4950\n"
     (other.folder / "big.bin").write_bytes(os.urandom(100 << 20))
     reads = """

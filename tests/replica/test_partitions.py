@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.testing
 
 from grid.core.errors import NotLeadingError
 from grid.core.messages import Message
-from grid.replica_batch import PENDING_BYTES_MAX
+from grid.replica_batch import PATIENCE_S, PENDING_BYTES_MAX
 from tests.replica.conftest import Peers
 from tests.replica.world import Host, output
 
@@ -74,6 +75,27 @@ async def test_a_stopped_leader_is_replaced_and_follows_when_it_goes_on(peers: P
         host.disk.gate = None
         await world.until(lambda: (found := host.replica(job)) is not None and found.applied_index == new.applied_index, 30)
         assert host.shown[job] == after.shown[job]
+
+
+async def test_facts_that_wait_for_company_leave_when_a_peer_is_lost_or_somebody_waits(
+    peers: Peers, autojump_clock: object
+) -> None:
+    async with peers(3) as world:
+        job = await world.found()
+        host, replica = await world.led(job)
+        await trio.sleep(1)
+        assert replica.term == 1
+        took_s = []
+        for number, event in enumerate(("nothing", "wait", "loss", "nothing")):
+            began_s = trio.current_time()
+            last = replica.propose([output(number, b"x")], patient=True)
+            await trio.testing.wait_all_tasks_blocked()
+            if event == "loss":
+                replica.disconnected(next(peer for peer in replica.voters if peer != host.id))
+            await replica.committed(last, patient=event != "wait")
+            took_s.append(trio.current_time() - began_s)
+        assert took_s[0] >= PATIENCE_S
+        assert max(took_s[1:]) < PATIENCE_S, "deaths come in series: no patience for a while after one"
 
 
 async def test_room_waits_while_too_much_is_not_committed(peers: Peers, autojump_clock: object) -> None:

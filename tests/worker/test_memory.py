@@ -76,7 +76,7 @@ async def test_shared_arguments_do_not_count(pool: WorkerPool, setup: wire.Setup
     os.writev(fd, parts)
     tasks.child.shared_bytes = os.fstat(fd).st_size
     await tasks.define(task)
-    await tasks.child.send(wire.Run(1, 0, 0, 0, 0, 1, 0, f"/proc/{os.getpid()}/fd/{fd}", True))
+    await tasks.child.send(wire.Run(1, 0, 0, 0, 0, 1, 0, f"/proc/{os.getpid()}/fd/{fd}", shared=True))
     await tasks.finish(1)
     os.close(fd)
     assert tasks.results == {0: 150 << 8}, tasks.failures

@@ -436,7 +436,7 @@ async def lend(tasks: Tasks, page: Path, function: Callable[[memoryview], Any]) 
     number = len(tasks.frames)
     await tasks.define(function, number)
     tasks.results.clear()
-    await tasks.child.send(wire.Run(number, 0, number, 0, 0, 1, 0, str(page), True))
+    await tasks.child.send(wire.Run(number, 0, number, 0, 0, 1, 0, str(page), shared=True))
     found = await tasks.until(lambda message, _: isinstance(message, wire.Unmapped))
     assert isinstance(found, wire.Unmapped)
     assert found.ticket == number
