@@ -3,9 +3,10 @@ section 6).
 
 Rules of the survey: no branch where anybody hears a leader, knows an outcome, or where a majority of the configuration can be
 reached (then an election is due, nothing else); else the most advanced of those reached opens it, and the others wait for it.
-Rules of the meeting: within a branch an outcome beats everything, then the higher (epoch, version) wins; between a branch and
-one of its ancestors the ancestor wins if it has an outcome or if its news is newer than what the branch was opened from, which
-proves a majority; between others the lower name wins, compared where their histories part. No I/O.
+Rules of the meeting: an outcome beats none, whoever has it: users have seen it, and going on could only contradict it. Else,
+within a branch the higher (epoch, version) wins; between a branch and one of its ancestors the ancestor wins if both are over, or
+if its news is newer than what the branch was opened from, which proves a majority; between others the lower name wins, compared
+where their histories part. No I/O.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ Standing: TypeAlias = tuple[Branch, int, int, bool]
 
 
 def wins(a: Standing, b: Standing) -> bool:
-    """Whether `a` replaces `b`. Never both ways; equal standings replace nothing."""
+    """Whether `a` replaces `b`. Never both ways; equal standings replace nothing, nor does anything replace its own outcome."""
     branch_a, *order_a, final_a = a
     branch_b, *order_b, final_b = b
+    if final_a != final_b:
+        return final_a
     if branch_a.name == branch_b.name:
-        if final_a != final_b:
-            return final_a
         return order_a > order_b and not final_b
     if branch_a.name in branch_b.ancestors:
         return _parent_wins(a, branch_b)

@@ -116,7 +116,7 @@ DEEP = Branch(b"0", (b"", b"2"), 3, 1, ((2, 7),))
         ((ROOT, 1, 1, True), (ROOT, 2, 1, False)),
         ((ONE, 1, 1, False), (ROOT, 2, 7, False)),
         ((ROOT, 2, 8, False), (ONE, 9, 9, False)),
-        ((ROOT, 3, 1, False), (ONE, 9, 9, True)),
+        ((ONE, 1, 1, True), (ROOT, 3, 1, False)),  # it has been shown
         ((ROOT, 1, 1, True), (ONE, 9, 9, True)),
         ((ONE, 1, 1, True), (ROOT, 2, 7, False)),
         ((ONE, 1, 1, False), (TWO, 9, 9, False)),
@@ -124,6 +124,8 @@ DEEP = Branch(b"0", (b"", b"2"), 3, 1, ((2, 7),))
         ((DEEP, 1, 1, False), (TWO, 3, 1, False)),
         ((ROOT, 2, 8, False), (DEEP, 9, 9, False)),
         ((DEEP, 1, 1, False), (ROOT, 2, 7, False)),
+        ((TWO, 1, 1, True), (ONE, 9, 9, False)),
+        ((ONE, 1, 1, True), (TWO, 9, 9, True)),
     ],
 )
 def test_one_of_two_histories_wins(winner: Standing, loser: Standing) -> None:
