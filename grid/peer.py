@@ -476,9 +476,7 @@ class Peer:
         finally:
             self.services.store.unpin(pins)
 
-    async def lead_alone(
-        self, spec: JobSpec, signed: SignedSpec, pins: str, make: Callable[[JobId], LeadJob]
-    ) -> LeadJob:
+    async def lead_alone(self, spec: JobSpec, signed: SignedSpec, pins: str, make: Callable[[JobId], LeadJob]) -> LeadJob:
         """Accept a job whose driver is a process of this machine: it ends with this peer. Raises ControlError, OSError.
 
         pins: the owner of the job's blobs in the store, let go when the job is over or was not accepted.
@@ -553,9 +551,11 @@ class Peer:
             self._versions.pop(job, None)
 
     async def _announce(self) -> None:
-        """Repeat the news of jobs led here."""
+        """Repeat the news of jobs led here, let go of what is kept for jobs nobody knows, and of blobs while the disk is full."""
         while True:
             await trio.sleep(limits.ANNOUNCE_S)
+            with suppress(OSError):
+                self.services.store.leave_free(limits.FREE_BYTES_MIN)
             for lead in list(self.jobs.led.values()):
                 lead.news()
             for job in self.custodian.jobs():

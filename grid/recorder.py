@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,8 +74,7 @@ much of their processors' time, measured with ranges of 5,000 integers."""
 OUTPUT_BYTES_MAX: Final = 64 << 10
 """Of output in one fact."""
 OUTPUT_CHECK_BYTES: Final = 1 << 20
-OUTPUT_RESERVE_BYTES: Final = 16 << 20
-"""Free space below which output ends the job, looked at every so many bytes: its log still has to take the outcome."""
+"""Between two looks at how much of the disk is free: the job's log still has to take its outcome."""
 PATIENT: Final = (StageOpened, SegmentsCut, StageClosed, RangeDone, TaskFailed, RangeCancelled)
 """Facts that nobody waits for until something is shown, which then takes them along: facts keep their order."""
 Kept = Callable[[bytes, int, float, list[PeerId]], None]
@@ -286,7 +284,7 @@ class LogRecorder(Recorder):
         self._unchecked_bytes += len(data)
         if self._unchecked_bytes >= OUTPUT_CHECK_BYTES:
             self._unchecked_bytes = 0
-            if shutil.disk_usage(self._spool.folder).free < OUTPUT_RESERVE_BYTES:
+            if self._store.leave_free(limits.FREE_BYTES_MIN) < limits.FREE_BYTES_MIN:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for at in range(0, len(data), OUTPUT_BYTES_MAX):
             part = data[at : at + OUTPUT_BYTES_MAX]

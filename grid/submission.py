@@ -16,6 +16,7 @@ import trio
 
 from grid.api.client import ControlError
 from grid.blobs.blob import StoreFull
+from grid.core import limits
 from grid.core.job import BlobRef, JobOptions, JobSpec
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ async def make_spec(peer: Peer, submission: dict[str, Any], pins: str) -> tuple[
 
 async def _make(peer: Peer, submission: dict[str, Any], pins: str) -> tuple[JobSpec, list[BlobRef]]:
     store = peer.services.store
+    store.leave_free(limits.FREE_BYTES_MIN)
     options = submission.get("options") or {}
     blobs: list[BlobRef] = []
 

@@ -209,6 +209,10 @@ class Pace:
     failure: float = 0.0
 
 
+ROOMY_BYTES = 1 << 40
+"""Free on each disk here: full ones have tests of their own."""
+
+
 class LifeDisk:
     """One life of a process on its host's disk. Once the process is dead nothing it still does gets there."""
 
@@ -265,3 +269,6 @@ class LifeDisk:
     def unlink(self, path: Path) -> None:
         self._check()
         self._disk.unlink(path)
+
+    def available_bytes(self, folder: Path) -> int:
+        return ROOMY_BYTES

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,6 +58,8 @@ class Disk(Protocol):
 
     def unlink(self, path: Path) -> None: ...
 
+    def available_bytes(self, folder: Path) -> int: ...
+
     async def run(self, fn: Callable[[Unpack[Ts]], T], *args: *Ts) -> T: ...
 
 
@@ -86,6 +89,9 @@ class RealDisk:
 
     def unlink(self, path: Path) -> None:
         os.unlink(path)
+
+    def available_bytes(self, folder: Path) -> int:
+        return shutil.disk_usage(folder).free
 
     async def run(self, fn: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         return await trio.to_thread.run_sync(fn, *args, limiter=self._limiter)

@@ -307,6 +307,16 @@ class BlobStore:
             self._forget(blob)
         return blob not in self._entries
 
+    def leave_free(self, wanted: int) -> int:
+        """Delete what nobody pins until the disk has so many free bytes, or none of it is left; return what is free then.
+
+        The quota is a share of what was free at the start: since then others may have filled the disk.
+        """
+        free = self.disk.available_bytes(self.root)
+        while free < wanted and self._room.free(wanted - free):
+            free = self.disk.available_bytes(self.root)
+        return free
+
     @property
     def quota_bytes(self) -> int:
         """Disk bytes it may take."""

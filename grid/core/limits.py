@@ -99,6 +99,9 @@ OUTPUT_FILE_BYTES_MAX: Final = 2 << 30
 OUTPUT_FILES_MAX: Final = 10_000
 LOG_BYTES_MAX: Final = 1 << 30
 """A driver's stdout or stderr on the leader's disk."""
+FREE_BYTES_MIN: Final = 32 << 20
+"""Free disk below which a driver's output ends its job, and blobs that nobody pins go: what a log has taken and not written yet
+(8 MiB) is written to it and to the output, and the log's last 12 MiB are copied when it is cut."""
 PRINT_BYTES_MAX: Final = 4 << 20
 """Prints of tasks that a leader keeps for followers: a ring, the oldest go first."""
 PRINT_BYTES_PER_S: Final = 256 << 10

@@ -49,6 +49,27 @@ async def test_published_files_are_read_only(make: Callable[..., BlobStore]) -> 
         assert path.stat().st_mode & 0o777 == 0o444
 
 
+async def test_what_nobody_pins_goes_while_others_fill_the_disk(tmp_path: Path) -> None:
+    class Crowded(FaultyDisk):
+        def available_bytes(self, folder: Path) -> int:
+            return 100 * BIG - sum(allocated(file.stat().st_size) for file in folder.rglob("*") if file.is_file()) - others
+
+    others = 0
+    store = BlobStore(tmp_path, GIB, disk=Crowded())
+    blobs = [await store.put(bytes([number]) * BIG, owner="job" if number == 3 else "") for number in range(5)]
+    begun = store.leave_free(90 * BIG)
+    assert begun >= 90 * BIG
+    assert all(store.has(blob) for blob in blobs)
+    others = begun - 2 * BIG
+    assert store.leave_free(2 * BIG) == 2 * BIG
+    assert all(store.has(blob) for blob in blobs)
+    assert store.leave_free(2 * BIG + 1) >= 2 * BIG + 1
+    assert [store.has(blob) for blob in blobs] == [False, True, True, True, True]  # the one unused for longest went
+    assert store.leave_free(100 * BIG) < 100 * BIG
+    assert [store.has(blob) for blob in blobs] == [False, False, False, True, False]
+    assert store.used_bytes == allocated(BIG)
+
+
 async def test_same_content_is_stored_once(make: Callable[..., BlobStore]) -> None:
     store = make()
     blobs = set()
