@@ -188,7 +188,7 @@ class Reports:
         self._again.extendleft(reversed(self._sent.values()))
         self._sent.clear()
         self.epoch = epoch
-        self._number, self._offered = 0, len(self._again)
+        self._number = self._offered = 0
         self._session = max(self._session + 1, int(trio.current_time() * 1e6))
         self.word_s = trio.current_time()
         self.bell.ring()
@@ -202,9 +202,25 @@ class Reports:
         return made  # noqa: RET504  # the scope could have swallowed a cancellation, for all mypy knows
 
     async def _repeat(self) -> tuple[Completed, list[Work]]:
-        sent = self._again.popleft()
-        old = codec.decode(sent.message.signed.payload, Completion)
-        self._keep(sent, old.results, old.failures)
+        """Batches that an earlier leader had, as few as they fit in: a leader that just took over waits for all of them."""
+        sent = _Sent(Completed(Signed(b"", b"", b"")), [], [])
+        results: list[ResultRange] = []
+        failures: list[TaskFailure] = []
+        size = 0
+        while self._again:
+            payload = self._again[0].message.signed.payload
+            old = codec.decode(payload, Completion)
+            size += len(payload)
+            fits = len(results) + len(old.results) <= RESULTS_MAX and len(failures) + len(old.failures) <= FAILURES_MAX
+            if sent.ranges and not (fits and size <= limits.COMPLETION_BYTES_MAX):
+                break
+            earlier = self._again.popleft()
+            results += old.results
+            failures += old.failures
+            sent.ranges += earlier.ranges
+            sent.blobs += earlier.blobs
+        self._keep(sent, tuple(results), tuple(failures))
+        self._offered = self._number
         await trio.lowlevel.checkpoint()
         return sent.message, sent.ranges
 

@@ -123,16 +123,18 @@ def test_outcome_that_wins_replaces_the_one_shown_and_the_conflict_stays() -> No
     assert [conflict.branch for conflict in entry.conflicts] == [CHILD.name]
 
 
-def test_outcome_of_a_branch_that_lost_is_no_conflict_while_the_job_runs() -> None:
+def test_outcome_of_a_branch_ends_a_job_whose_ancestor_still_runs() -> None:
     board = Board()
     hear(board, 1, 0.0, epoch=2, version=9)
     assert board.hear(job(1), SPEC, on(CHILD, 3, 1, FINISHED), 1.0)
     entry = board.get(job(1))
     assert entry is not None
-    assert entry.live
+    assert not entry.live
+    assert entry.news.branch == CHILD
     assert entry.conflict is None
-    hear(board, 1, 2.0, epoch=2, version=10, state=FINISHED)
-    assert entry.conflict is not None
+    assert not hear(board, 1, 2.0, epoch=2, version=10)
+    assert hear(board, 1, 3.0, epoch=2, version=11, state=FINISHED)  # it had not heard
+    assert [conflict.branch for conflict in entry.conflicts] == [CHILD.name]
 
 
 def test_conflicts_are_bounded() -> None:

@@ -118,6 +118,42 @@ async def test_what_no_leader_acknowledged_is_offered_to_the_next(job: Handover)
     assert list(job.thief.remote.held()[0]) == [(9, 10)]
 
 
+async def test_batches_that_went_to_nobody_reach_the_next_leader_as_one(job: Handover) -> None:
+    """Else what a helper finished while nobody led trickles in, and dies with it meanwhile."""
+    await job.page(100, 100)
+    for at in range(100, 180, 2):
+        job.report(at, at + 2)
+        await job.send()
+    job.report(180, 182)
+    job.over()
+    job.thief.post.sent.clear()
+    again, fresh = opened(await job.send()), opened(await job.send())
+    assert [(result.lo, result.hi) for result in again.results] == [(at, at + 2) for at in range(100, 180, 2)]
+    assert [(result.lo, result.hi) for result in fresh.results] == [(180, 182)]
+    assert not job.thief.remote.reports.ready
+    assert sorted(job.thief.remote.reports.offered()) == [(0, at, at + 2) for at in range(100, 180, 2)]
+    job.second.page(100, 100)
+    await job.deliver()
+    assert job.second.leader.ledger.stage(0).settled.covers(100, 182)
+    assert list(job.thief.remote.held()[0]) == [(182, 200)]
+
+
+async def test_batches_too_large_for_one_message_go_on_in_several(job: Handover, monkeypatch: pytest.MonkeyPatch) -> None:
+    await job.page(100, 100)
+    for at in range(100, 200, 5):
+        job.report(at, at + 5)
+        await job.send()
+    one = len(job.thief.remote.reports.unacknowledged()[0].signed.payload)
+    monkeypatch.setattr(limits, "COMPLETION_BYTES_MAX", 3 * one + one // 2)
+    job.over()
+    job.thief.post.sent.clear()
+    found = []
+    while job.thief.remote.reports.ready:
+        found.append([(result.lo, result.hi) for result in opened(await job.send()).results])
+    assert [len(each) for each in found] == [3] * 6 + [2]
+    assert [part for each in found for part in each] == [(at, at + 5) for at in range(100, 200, 5)]
+
+
 async def test_word_of_the_earlier_leader_says_nothing_of_what_the_next_has(job: Handover) -> None:
     await job.page(5, 5)
     job.report(5, 10)
