@@ -144,7 +144,7 @@ class LeadJob:
             self._scope.cancel()
 
     async def _conclude(self, place: JobPlace, leader: Leader, nursery: trio.Nursery) -> Outcome:
-        """Run the driver and finish: nobody waits for the outcome while folders are removed."""
+        """Run the driver and finish: nobody waits for the outcome while folders are removed, unless they fill the disk."""
         outcome = Outcome(FAILED, None, "the peer that led the job stopped", code="leader-stopped")
         try:
             outcome = await self._drive(place, leader, nursery)
@@ -153,7 +153,11 @@ class LeadJob:
                 raise
             await self._settle(outcome)
             raise
-        await self._settle(outcome)
+        if self._services.store.leave_free(limits.FREE_BYTES_MIN) >= limits.FREE_BYTES_MIN:
+            await self._settle(outcome)
+        elif outcome.state == FAILED and outcome.files and self._ending is None:
+            why = outcome.error or "the disk is full: what files the script left are not kept"
+            self._ending = (FAILED, outcome.exit_code, why, "disk")
         return outcome
 
     async def _settle(self, outcome: Outcome) -> None:
