@@ -356,20 +356,20 @@ class Replica:
         """Before the first write, the writes, all else."""
         first = next((at for at, effect in enumerate(effects) if isinstance(effect, fx.Persist)), len(effects))
         for effect in effects[:first]:
-            self._do(effect)
+            await self._do(effect)
         persists = [effect for effect in effects[first:] if isinstance(effect, fx.Persist)]
         if persists:
             await self._book.write(persists)
         for effect in effects[first:]:
             if not isinstance(effect, fx.Persist):
-                self._do(effect)
+                await self._do(effect)
 
-    def _do(self, effect: fx.Effect) -> None:
+    async def _do(self, effect: fx.Effect) -> None:
         match effect:
             case fx.Send():
                 self._send(effect.point, effect.to, effect.message)
             case fx.Commit():
-                self._apply(effect.entries)
+                await self._apply(effect.entries)
             case fx.ApplySnapshot():
                 self._restore(effect.snapshot)
             case fx.SnapshotWanted():
@@ -392,8 +392,11 @@ class Replica:
 
     # ---- the state machine -------------------------------------------------------------------------------------------
 
-    def _apply(self, entries: tuple[Entry, ...]) -> None:
-        for entry in entries:
+    async def _apply(self, entries: tuple[Entry, ...]) -> None:
+        """Take in what is final. Others have their turn between two entries: the state is whole then."""
+        for number, entry in enumerate(entries):
+            if number:
+                await trio.lowlevel.checkpoint()
             if entry.kind is Kind.DATA:
                 for fact in facts_of(entry):
                     self.chronicle.apply(fact)

@@ -24,6 +24,10 @@ PATIENCE_S: Final = 0.1
 of its own workers' time. Each batch costs every replica a message, an fsync and an answer, at the expense of its tasks."""
 BATCH_BYTES: Final = 256 << 10
 """Of one entry (one larger fact goes alone)."""
+BATCH_FACTS: Final = 64
+"""In one entry: a replica takes them in at once, and whoever waits for its process waits as long, tenths of a millisecond."""
+BATCH_ENTRIES: Final = 1_024
+"""Of BATCH_FACTS; more facts than these hold make longer entries: the core takes no more than 4,096 at once."""
 PENDING_BYTES_MAX: Final = 8 << 20
 """Not committed: more than this, and who asks for room waits."""
 BUSY_RETRY_S: Final = 0.1
@@ -82,8 +86,9 @@ class Batch:
         entries: list[tuple[bytes, int]] = []
         part: list[bytes] = []
         size = 0
+        facts_max = max(BATCH_FACTS, -(-len(self._waiting) // BATCH_ENTRIES))
         for number, data in self._waiting:
-            if part and size + len(data) > BATCH_BYTES:
+            if part and (size + len(data) > BATCH_BYTES or len(part) >= facts_max):
                 entries.append((_join(part), number - 1))
                 part, size = [], 0
             part.append(data)
@@ -131,10 +136,8 @@ class Batch:
 
 
 def _join(encoded: list[bytes]) -> bytes:
-    """One array of these values: the bytes of `facts.encode` (msgpack: fixarray, array 16, array 32)."""
+    """One array of these values: the bytes of `facts.encode` (msgpack: fixarray, array 16)."""
     count = len(encoded)
-    if count < 16:
-        head = bytes([0x90 | count])
-    else:
-        head = b"\xdc" + struct.pack(">H", count) if count < 1 << 16 else b"\xdd" + struct.pack(">I", count)
+    assert 0 < count < 1 << 16
+    head = bytes([0x90 | count]) if count < 16 else b"\xdc" + struct.pack(">H", count)
     return head + b"".join(encoded)

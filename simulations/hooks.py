@@ -187,8 +187,8 @@ def _ledger(world: World) -> list[tuple[Any, str, Any]]:
             world.trace.add("persist", host.name, effect.point)
             groups.did(raft, effect)
 
-    def done(self: Replica, effect: Any) -> None:
-        do(self, effect)
+    async def done(self: Replica, effect: Any) -> None:
+        await do(self, effect)
         groups.did(self.raft, effect)
 
     def told(self: Leading, replica: Replica, fact: Any) -> None:

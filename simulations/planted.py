@@ -7,7 +7,7 @@ the time of the context; it changes one decision and nothing else.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -65,13 +65,13 @@ def commits_earlier_epochs() -> AbstractContextManager[None]:
 @contextlib.contextmanager
 def changes_before_noop() -> Iterator[None]:
     """A leader changes the replicas at once, before an entry of its own epoch is committed."""
-    do: Callable[..., None] = Replica._do
+    do: Callable[..., Awaitable[None]] = Replica._do
 
     def own_commit(self: Raft) -> bool:
         return True
 
-    def hasty(self: Replica, effect: Any) -> None:
-        do(self, effect)
+    async def hasty(self: Replica, effect: Any) -> None:
+        await do(self, effect)
         if isinstance(effect, BecameLeader):
             config = self.raft.log.config
             others = [node for node in config.voters if node != self.node]

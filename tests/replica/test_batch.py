@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from grid.core import facts
 from grid.core.facts import AnyFact, Output, Told
 from grid.core.raft_limits import ENTRY_BYTES_MAX
-from grid.replica_batch import BATCH_BYTES, BATCH_DELAY_S, BUSY_RETRY_S, PATIENCE_S, Batch
+from grid.replica_batch import BATCH_BYTES, BATCH_DELAY_S, BATCH_ENTRIES, BATCH_FACTS, BUSY_RETRY_S, PATIENCE_S, Batch
 
 
 def told(count: int, size: int = 1) -> list[AnyFact]:
@@ -123,9 +123,13 @@ def test_entries_hold_all_facts_in_their_order(sizes: list[list[int]]) -> None:
     assert (ends[-1] if ends else 0) == len(said)
 
 
-@pytest.mark.parametrize("count", [1, 15, 16, 70_000])
+@pytest.mark.parametrize("count", [1, 15, 16, 65, 2_000_000])
 def test_a_batch_of_any_size_has_the_bytes_of_the_codec(count: int) -> None:
     batch = Batch()
     batch.add([Told("")] * count, 0.0)
-    (payload,) = [payload for payload, _ in batch.entries()]
-    assert payload == facts.encode([Told("")] * count)
+    payloads = [payload for payload, _ in batch.entries()]
+    assert len(payloads) <= BATCH_ENTRIES
+    counts = [len(facts.decode(payload)) for payload in payloads]
+    assert sum(counts) == count
+    assert payloads == [facts.encode([Told("")] * each) for each in counts]
+    assert max(counts) <= max(BATCH_FACTS, count // BATCH_ENTRIES + 1)
