@@ -129,6 +129,11 @@ class Leading:
         held = self.held.get(replica.job)
         if held is None:
             return
+        if isinstance(fact, RangeDone | SegmentsCut):  # nearly all of them are
+            where = fact.result if isinstance(fact, RangeDone) else fact.arguments
+            if isinstance(where, Stored):
+                self._keep(replica.job, where.blob)
+            return
         match fact:
             case Output(fd, at, data):
                 try:
@@ -141,8 +146,6 @@ class Leading:
             case Ended(outcome, shown):
                 held.followed.shown = json.loads(shown) if shown else None
                 self._ended(held, replica, codec.decode(outcome, Outcome))
-            case RangeDone(result=Stored() as stored) | SegmentsCut(arguments=Stored() as stored):
-                self._keep(replica.job, stored.blob)
 
     def _keep(self, job: JobId, blob: bytes) -> None:
         """A blob that the log names stays, if it is here."""

@@ -20,7 +20,7 @@ from grid.core import chronicle_snapshot, facts, limits, records
 from grid.core.facts import AnyFact, Stored, Where
 from grid.core.ranges import Range
 from grid.core.rangetable import Row
-from grid.core.records import NUMBER_MAX, Done, Names, Piece, Results, Segments, StageRecord
+from grid.core.records import NUMBER_MAX, Names, Results, Segments, StageRecord
 
 FDS: Final = (1, 2)
 OUTPUT_KEPT_BYTES: Final = 4 << 20
@@ -122,11 +122,12 @@ class Chronicle:
         stage = self.stages.get(fact.stage)
         if stage is None or not fact.pieces or not _sane(fact.arguments):
             return False
-        end = fact.first
+        end, total = fact.first, 0
         for count, size, digest in fact.pieces:
             if count <= 0 or not 0 <= size < NUMBER_MAX or len(digest) != facts.DIGEST_BYTES:
                 return False
             end += count
+            total += size
         if fact.first < 0 or end > limits.TASKS_MAX:
             return False
         if stage.left_segments is not None or not stage.segments.is_free(fact.first, end):
@@ -135,14 +136,13 @@ class Chronicle:
             self.inline_bytes += stage.weight - before
         if stage.total is not None and end > stage.total:
             stage.total = None
-        total = sum(size for _, size, _ in fact.pieces)
-        given = fact.arguments if _length(fact.arguments) == total else None
+        given = fact.arguments if fact.arguments is not None and _length(fact.arguments) == total else None
         if isinstance(given, bytes):
             self.inline_bytes += total
         at, offset = fact.first, 0
         for count, size, digest in fact.pieces:
-            arguments = _part(given, offset, size)
-            stage.segments.record(Piece(at, at + count, at, count, size, digest, arguments))
+            arguments = _part(given, offset, size) if given is not None else None
+            stage.segments.record(at, at + count, at, count, size, digest, arguments)
             at += count
             offset += size
         stage.declared.add(fact.first, end)
@@ -206,16 +206,15 @@ class Chronicle:
             return False
         if not 0 <= fact.elapsed_us < NUMBER_MAX:
             return False
+        parts: list[Range] = [(lo, hi)]
         if stage.failed or stage.cancelled_ranges or not stage.declared.covers(lo, hi) or not stage.results.is_free(lo, hi):
             parts = self._open_parts(stage, lo, hi, fact.turn)
             if not parts:
                 return stage.declared.covers(lo, hi)
-        else:
-            parts = [(lo, hi)]
         size = len(result) if isinstance(result, bytes) else 0
         for a, b in parts:
             for c, d, turn in self._turns(stage, lo, a, b, fact.turn):
-                stage.results.record(Done(c, d, fact.first, result, fact.peer, fact.elapsed_us, turn))
+                stage.results.record(c, d, fact.first, result, fact.peer, fact.elapsed_us, turn)
                 self.inline_bytes += size
             self.done_count += b - a
             self.tallies[fact.peer] = self.tallies.get(fact.peer, 0) + b - a
@@ -238,8 +237,10 @@ class Chronicle:
 
     def _turns(self, stage: StageRecord, lo: int, a: int, b: int, turn: int) -> list[tuple[int, int, int]]:
         """Give the tasks [a, b) of [lo, …) their turns: (from, to, turn) in order."""
-        if not stage.queues:
+        if stage.ordered or stage.parent is not None:
             return [(a, b, -1)]
+        if stage.lost is None and turn < 0:
+            return [(a, b, self._next_turn(b - a))]
         if 0 <= turn < NUMBER_MAX // 2:
             self.next_turn = max(self.next_turn, turn + b - lo)
             if stage.lost is not None:
@@ -298,7 +299,8 @@ class Chronicle:
             if stage.lost is None:
                 stage.lost = Results(self.names)
             for row in rows:
-                stage.lost.record(stage.results.read(row)._replace(first=0, result=None, elapsed_us=0))
+                lost = stage.results.read(row)
+                stage.lost.record(lost.lo, lost.hi, 0, None, lost.peer, 0, lost.turn)
         self.inline_bytes += stage.weight - before
         return True
 

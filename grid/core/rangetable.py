@@ -59,6 +59,8 @@ class RangeTable:
 
     def is_free(self, lo: int, hi: int) -> bool:
         """Whether no row holds any of [lo, hi)."""
+        if not self._blocks or self._blocks[-1].rest[-WIDTH] <= lo:  # behind all there is, as tasks mostly come
+            return True
         at = bisect_right(self._starts, lo) - 1
         if at >= 0:
             block = self._blocks[at]

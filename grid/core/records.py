@@ -7,6 +7,7 @@ declared anew. No I/O.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -23,6 +24,10 @@ NOWHERE: Final = -1
 """In place of a blob: the bytes are the row's object, or nobody keeps them."""
 NUMBER_MAX: Final = 1 << 62
 """What a column holds, with room to add and subtract."""
+
+
+_HALVES: Final = struct.Struct(">qq")
+assert _HALVES.size == DIGEST_BYTES
 
 
 class Done(NamedTuple):
@@ -103,13 +108,11 @@ class Results(RangeTable):
         super().__init__()
         self.names = names
 
-    def record(self, done: Done) -> None:
-        """Add what overlaps nothing here."""
+    def record(self, lo: int, hi: int, first: int, result: Where, peer: bytes, elapsed_us: int, turn: int) -> None:
+        """Add what overlaps nothing here; see `Done`."""
         names = self.names
-        blob, offset, size, thing = names.place(done.result)
-        bias = NO_TURN if done.turn < 0 else done.turn - done.lo
-        peer = names.peer(done.peer)
-        self.put(done.lo, done.hi, (done.first, blob, offset, size, peer, done.elapsed_us, bias), thing)
+        blob, offset, size, thing = names.place(result)
+        self.put(lo, hi, (first, blob, offset, size, names.peer(peer), elapsed_us, NO_TURN if turn < 0 else turn - lo), thing)
 
     def read(self, row: Row) -> Done:
         """A row of this table."""
@@ -141,20 +144,16 @@ class Segments(RangeTable):
         super().__init__()
         self.names = names
 
-    def record(self, piece: Piece) -> None:
-        """Add what overlaps nothing here. The digest has DIGEST_BYTES."""
-        blob, offset, _, thing = self.names.place(piece.arguments)
-        half = DIGEST_BYTES // 2
-        high = int.from_bytes(piece.digest[:half], "big", signed=True)
-        low = int.from_bytes(piece.digest[half:], "big", signed=True)
-        self.put(piece.lo, piece.hi, (piece.first, piece.count, piece.size, blob, offset, high, low), thing)
+    def record(self, lo: int, hi: int, first: int, count: int, size: int, digest: bytes, arguments: Where) -> None:
+        """Add what overlaps nothing here; see `Piece`. The digest has DIGEST_BYTES."""
+        blob, offset, _, thing = self.names.place(arguments) if arguments is not None else (NOWHERE, 0, 0, None)
+        high, low = _HALVES.unpack(digest)
+        self.put(lo, hi, (first, count, size, blob, offset, high, low), thing)
 
     def read(self, row: Row) -> Piece:
         """A row of this table."""
         first, count, size, blob, offset, high, low = row.columns
-        half = DIGEST_BYTES // 2
-        digest = high.to_bytes(half, "big", signed=True) + low.to_bytes(half, "big", signed=True)
-        return Piece(row.lo, row.hi, first, count, size, digest, self.names.where(blob, offset, size, row.thing))
+        return Piece(row.lo, row.hi, first, count, size, _HALVES.pack(high, low), self.names.where(blob, offset, size, row.thing))
 
     def all(self) -> Iterator[Piece]:
         """In order of their tasks."""
