@@ -384,7 +384,8 @@ class LogRecorder(Recorder):
         total = sum(item.size for item in items)
         try:
             if len(items) == 1 and isinstance(body := items[0].body, FileSlice) and body.whole:
-                blob = bytes(await self._store.adopt(Path(self._spool.link(body.file.path)), owner=self.owner))
+                name = Path(self._spool.link(body.file.path))
+                blob = bytes(await self._store.adopt(name, owner=self.owner, shared=True))
             else:
                 parts = [bodies.read(item.body) for item in items]
                 blob = bytes(await self._store.put(*parts, durable=True, owner=self.owner))

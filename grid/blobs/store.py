@@ -141,12 +141,15 @@ class BlobStore:
         self._touch(blob)
         return blob
 
-    async def adopt(self, path: Path, durable: bool = False, owner: str = "", guard: bool = False) -> BlobId:
+    async def adopt(
+        self, path: Path, durable: bool = False, owner: str = "", guard: bool = False, shared: bool = False
+    ) -> BlobId:
         """Take over a file that someone wrote: hashed, then renamed into place (copied if it is on another file system or
         has other names). It is gone from `path` afterwards. Raises StoreFull (the file stays), OSError, ValueError (no
         regular file, or it changed meanwhile).
 
-        guard: its writer isn't trusted and may still have it open; what is stored is a copy of our own.
+        guard: its writer isn't trusted and may still have it open; what is stored is a copy of our own. shared: under its
+        other names it is only read from now on, so it need not be copied for their sake.
         """
         status = os.lstat(path)
         size = status.st_size
@@ -157,7 +160,7 @@ class BlobStore:
             self.disk.unlink(path)
             return blob
         temp = self._layout.temp()
-        move = not guard and status.st_nlink == 1 and status.st_dev == self._layout.device
+        move = not guard and (shared or status.st_nlink == 1) and status.st_dev == self._layout.device
         blob = await self._room.write(
             self.disk, size, lambda: files.take_file(self.disk, path, temp, size, move=move, sync=durable)
         )

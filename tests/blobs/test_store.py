@@ -70,6 +70,22 @@ async def test_what_nobody_pins_goes_while_others_fill_the_disk(tmp_path: Path) 
     assert store.used_bytes == allocated(BIG)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+async def test_a_file_with_other_names_is_copied_unless_they_are_only_read(tmp_path: Path, shared: bool) -> None:
+    store = BlobStore(tmp_path / "store", GIB)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    theirs.write_bytes(bytes_of(BIG))
+    ours.hardlink_to(theirs)
+    blob = await store.adopt(ours, durable=True, shared=shared)
+    assert blob == blob_id(bytes_of(BIG))
+    assert not ours.exists()
+    path = await store.path(blob)
+    assert path is not None
+    assert path.samefile(theirs) == shared
+    theirs.unlink()
+    assert await content(store, blob) == bytes_of(BIG)
+
+
 async def test_same_content_is_stored_once(make: Callable[..., BlobStore]) -> None:
     store = make()
     blobs = set()
