@@ -13,6 +13,7 @@ import logging
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -57,6 +58,8 @@ KEPT_FATES: Final = frozenset({"", "failed"})
 """Ends that leave the journal where it is: this peer stops, or a fault of its own."""
 UNTOLD_FATES: Final = frozenset({"", "abandoned"})
 """Ends that whoever stopped the peer, or founded the group, knows."""
+GIVEN_UP_MAX: Final = 64
+"""Foundings remembered that no majority took in: whoever was told of one and could not be told of its end writes to us, soon."""
 log = logging.getLogger(__name__)
 
 Check = Callable[[SignedSpec], tuple[JobId, JobSpec]]
@@ -101,6 +104,7 @@ class Registry:
         self._in_doubt: set[Replica] = set()  # that may have to give way to another branch
         self._busy: dict[JobId, trio.Lock] = {}
         self._dismissed_s: dict[NodeId, float] = {}
+        self._given_up: deque[tuple[bytes, bytes, int]] = deque(maxlen=GIVEN_UP_MAX)  # foundings: job, branch, own incarnation
         self._loaded = trio.Event()
         self._nursery: trio.Nursery | None = None
 

@@ -17,7 +17,7 @@ from grid.core import choice
 from grid.core.errors import GridError, RefusedError
 from grid.core.job import JobId, JobSpec, SignedSpec, job_id
 from grid.core.mandate import Branch, endorse
-from grid.core.messages import Dismissed, Endorse, Endorsed, Enlist, Enlisted, Mail, Message, Survey, Surveyed
+from grid.core.messages import Dismissed, Endorse, Endorsed, Enlist, Enlisted, Mail, Message, Survey, Surveyed, encode
 from grid.core.raft_messages import NodeId, config_of
 from grid.core.recovery import RECOVERY_S, Standing, wins
 from grid.journal_errors import JournalError
@@ -80,6 +80,7 @@ class Replicas(Registry):
         return False
 
     def _abandon(self, replica: Replica) -> None:
+        self._given_up.append((replica.job, replica.branch.name, replica.node.incarnation))
         for node in replica.raft.log.config.members:
             if node != replica.node:
                 self._dismiss(replica, node)
@@ -148,6 +149,8 @@ class Replicas(Registry):
     def _deliver(self, peer: PeerId, mail: Mail) -> None:
         replica = self._held.get(JobId(mail.job), {}).get(mail.branch)
         if replica is None or replica.node.incarnation != mail.to:
+            if (mail.job, mail.branch, mail.to) in self._given_up:
+                self._links.post(peer, encode(Dismissed(mail.job, mail.branch, mail.sender)))
             return
         sender = NodeId(peer, mail.sender)
         raft_log = replica.raft.log

@@ -5,6 +5,8 @@
   out when the member starts again: any first part of it.
 - Facts: every member of a branch is told the same facts in the same order; whoever takes over knows every fact that any member
   was ever told; one leader an epoch in a branch; one outcome a branch.
+- A founding that no majority took in is given up and made again with other members: a group of its own, of which nothing may
+  have come and nothing may come.
 
 Rules: one `Groups` a world; a breach is a violation of the world and never reaches the code that is watched.
 """
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Group:
-    """One branch of one job."""
+    """One branch of one job, from one founding."""
 
     def __init__(self) -> None:
         self.checker = Checker()
@@ -38,6 +40,8 @@ class Group:
         self.outcome: bytes | None = None
         self.base: bytes | None = None  # of a branch: the state that it was opened with
         self.writing: dict[NodeId, list[Record]] = {}
+        self.founder: NodeId | None = None
+        self.empty: dict[NodeId, tuple[Any, Durable]] = {}  # members that nothing had reached when they began
 
 
 class Groups:
@@ -61,16 +65,33 @@ class Groups:
     def began(self, replica: Replica, durable: Durable, founds: bool) -> None:
         """A member is here, from its journal or as the founder of a group."""
         group = self.group(replica)
+        if founds and group.founder is not None:
+            group = self._founded_anew(replica, group)
         self._group_of[id(replica.raft)] = replica.raft, group
         self._at[id(replica)] = replica, 0
         if founds:
+            group.founder = replica.node
             return
+        if not (replica.raft.log.last_index or replica.raft.term):
+            group.empty[replica.node] = replica.raft, durable
         pending = group.writing.pop(replica.node, [])
         self._settle(group, replica.node, pending, durable)
         try:
             group.checker.started(replica.node, durable)
         except Violation as violation:
             self._bad(violation)
+
+    def _founded_anew(self, replica: Replica, before: Group) -> Group:
+        """The group that takes the place of one that was given up; who is empty may belong to either."""
+        if before.leaders or before.facts:
+            self._bad(f"{replica!r} is founded anew although it was led before")
+        group = self.all[bytes(replica.job), bytes(replica.branch.name)] = Group()
+        for node, (raft, durable) in before.empty.items():
+            if not (raft.log.last_index or raft.term):
+                self._group_of[id(raft)] = raft, group
+                group.empty[node] = raft, durable
+                group.checker.started(node, durable)
+        return group
 
     def _settle(self, group: Group, node: NodeId, pending: list[Record], durable: Durable) -> None:
         """A write was under way when the member died: take as much of it as its disk has."""
@@ -161,6 +182,8 @@ class Groups:
     def took_over(self, replica: Replica, host: str, term: int) -> None:
         """A leadership begins."""
         group = self.group(replica)
+        if self._group_of[id(replica.raft)][1] is not group:
+            self._bad(f"{host} leads epoch {term} of a founding that was given up")
         first = group.leaders.setdefault(term, host)
         if first != host:
             self._bad(f"{host} and {first} lead epoch {term}")

@@ -60,6 +60,26 @@ async def test_a_group_that_another_member_came_to_lead_is_not_founded_again(
         assert world[1].replica(job) is founded
 
 
+async def test_who_could_not_be_told_that_a_founding_was_given_up_hears_of_it_later(peers: Peers, autojump_clock: object) -> None:
+    async with peers(4) as world:
+        job = job_id(world.spec(replicas=1)[1].payload)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: world.found([1, 2, 3, 4], replicas=1))
+            await world.until(lambda: world[1].replica(job) is not None)
+            await world.kill(3, 4)  # no majority is left
+            await world.until(lambda: (told := world[2].replica(job)) is not None and not told.empty)
+            world.isolate(2)
+        told = world[2].replica(job)
+        assert told is not None
+        host, replica = await world.led(job)
+        assert host is world[1]
+        assert set(replica.voters) == {world[1].id}
+        assert not told.closed.is_set()
+        world.cut.clear()
+        await world.until(told.closed.is_set)
+        assert told.fate == "dismissed"
+
+
 async def test_facts_are_applied_in_order_on_every_member(peers: Peers, autojump_clock: object) -> None:
     async with peers(3) as world:
         job = await world.found()

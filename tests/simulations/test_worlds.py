@@ -71,7 +71,8 @@ def test_a_trace_tells_messages_syncs_and_releases() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "seed"), [("points", 20238), ("points", 20564), ("suspend", 20189), ("oneway", 2), ("overnet", 20008)]
+    ("name", "seed"),
+    [("points", 20238), ("points", 20564), ("suspend", 20189), ("oneway", 2), ("overnet", 20008), ("overnet", 30004)],
 )
 def test_worlds_in_which_faults_were_found_stay_clean(name: str, seed: int) -> None:
     assert world.run(scenario.load(name), seed).violations == []
