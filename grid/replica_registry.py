@@ -270,13 +270,17 @@ class Registry:
         self._links.post(peer, encode(mail))
 
     def _dismiss(self, replica: Replica, node: NodeId) -> None:
-        """Tell a node that it is no member; not too often."""
+        """Tell a node that it is no member of this replica's group."""
+        self._tell_dismissed(replica.job, replica.branch.name, node)
+
+    def _tell_dismissed(self, job: bytes, branch: bytes, node: NodeId) -> None:
+        """Tell a node that it is no member of a group; not too often."""
         now_s = self._clock()
         if now_s < self._dismissed_s.get(node, now_s):
             return
         self._dismissed_s = {each: until_s for each, until_s in self._dismissed_s.items() if now_s < until_s}
         self._dismissed_s[node] = now_s + DISMISS_AGAIN_S
-        self._links.post(PeerId(node.peer), encode(Dismissed(replica.job, replica.branch.name, node.incarnation)))
+        self._links.post(PeerId(node.peer), encode(Dismissed(job, branch, node.incarnation)))
 
     async def _enlist(self, replica: Replica, peer: PeerId) -> int | None:
         """Ask a peer to join a group that is led here."""

@@ -17,7 +17,7 @@ from grid.core import choice
 from grid.core.errors import GridError, RefusedError
 from grid.core.job import JobId, JobSpec, SignedSpec, job_id
 from grid.core.mandate import Branch, endorse
-from grid.core.messages import Dismissed, Endorse, Endorsed, Enlist, Enlisted, Mail, Message, Survey, Surveyed, encode
+from grid.core.messages import Dismissed, Endorse, Endorsed, Enlist, Enlisted, Mail, Message, Survey, Surveyed
 from grid.core.raft_messages import NodeId, config_of
 from grid.core.recovery import RECOVERY_S, Standing, wins
 from grid.journal_errors import JournalError
@@ -147,12 +147,12 @@ class Replicas(Registry):
                 raise RefusedError(f"{type(message).__name__} is no message to replicas")
 
     def _deliver(self, peer: PeerId, mail: Mail) -> None:
+        sender = NodeId(peer, mail.sender)
         replica = self._held.get(JobId(mail.job), {}).get(mail.branch)
         if replica is None or replica.node.incarnation != mail.to:
             if (mail.job, mail.branch, mail.to) in self._given_up:
-                self._links.post(peer, encode(Dismissed(mail.job, mail.branch, mail.sender)))
+                self._tell_dismissed(mail.job, mail.branch, sender)
             return
-        sender = NodeId(peer, mail.sender)
         raft_log = replica.raft.log
         if replica.leads() and sender not in raft_log.config.members and raft_log.config_index <= replica.raft.commit:
             self._dismiss(replica, sender)

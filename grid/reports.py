@@ -209,10 +209,12 @@ class Reports:
         size = 0
         while self._again:
             payload = self._again[0].message.signed.payload
-            old = codec.decode(payload, Completion)
             size += len(payload)
+            if sent.ranges and size > limits.COMPLETION_BYTES_MAX:
+                break
+            old = codec.decode(payload, Completion)
             fits = len(results) + len(old.results) <= RESULTS_MAX and len(failures) + len(old.failures) <= FAILURES_MAX
-            if sent.ranges and not (fits and size <= limits.COMPLETION_BYTES_MAX):
+            if sent.ranges and not fits:
                 break
             earlier = self._again.popleft()
             results += old.results
