@@ -19,8 +19,14 @@ from dht.network import Address
 
 PEERS_REMEMBERED_MAX = 4_096
 """Peers whose token and round trip time are remembered, about 300 B each."""
-RTT_GAIN = 0.125
-"""Weight of a new sample in the smoothed round trip time (RFC 6298)."""
+RTT_GAIN = 0.25
+"""Weight of a new sample in what a peer needs beyond the usual round trip time."""
+USUAL_RTT_S = 0.05
+"""Taken for the usual round trip until some were measured."""
+USUAL_RTT_GAIN = 0.2
+"""Weight of a new sample, of any peer, in the usual round trip time."""
+FALL_FACTOR = 3
+"""What falls is believed so much sooner: too short a wait costs a datagram, too long a one costs time."""
 
 
 class Contact(KademliaNode):  # type: ignore[misc]
@@ -60,15 +66,11 @@ class PeerState:
 
     token: bytes = NO_TOKEN
     token_address: Address | None = None
-    rtt_s: float | None = None
+    beyond_usual_s: float = 0.0  # its smoothed round trip time, less the usual one at each measurement
     heard_s: float = float("-inf")
     misses: int = 0
     missed_s: float = float("-inf")
     advertised: Address | None = None  # where it wants to be contacted, once proven
-
-    def sample(self, rtt_s: float) -> None:
-        """Take in a round trip that was answered at its first sending (Karn's rule)."""
-        self.rtt_s = rtt_s if self.rtt_s is None else self.rtt_s + RTT_GAIN * (rtt_s - self.rtt_s)
 
 
 class PeerStates:
@@ -77,6 +79,8 @@ class PeerStates:
     def __init__(self, peers_max: int = PEERS_REMEMBERED_MAX) -> None:
         self._states: OrderedDict[bytes, PeerState] = OrderedDict()
         self._peers_max = peers_max
+        self.usual_rtt_s = USUAL_RTT_S
+        """Smoothed over all peers: what to expect of one that wasn't measured yet, or of a machine that is busy."""
 
     def __len__(self) -> int:
         return len(self._states)
@@ -96,5 +100,27 @@ class PeerStates:
         """The state of a peer if it is remembered; doesn't count as use."""
         return self._states.get(id_)
 
+    def sample(self, id_: bytes, rtt_s: float, *, is_exact: bool) -> None:
+        """Take in a round trip to a peer: measured, or an upper bound where several sendings preceded the answer.
+
+        Of the peer itself only what was measured says something (Karn's rule). The usual time takes in both: else, on a
+        machine that got slower than the first wait, no sample were ever taken, each request were sent three times, and
+        what is busy made busier.
+        """
+        if is_exact:
+            state = self.of(id_)
+            state.beyond_usual_s = _smoothed(state.beyond_usual_s, rtt_s - self.usual_rtt_s, RTT_GAIN)
+        self.usual_rtt_s = _smoothed(self.usual_rtt_s, rtt_s, USUAL_RTT_GAIN)
+
+    def rtt_s(self, id_: bytes) -> float:
+        """What a round trip to this peer should take: the usual time, which follows how busy this machine is, and what
+        the peer needs beyond that."""
+        state = self._states.get(id_)
+        return max(0.0, self.usual_rtt_s + (0.0 if state is None else state.beyond_usual_s))
+
     def forget(self, id_: bytes) -> None:
         self._states.pop(id_, None)
+
+
+def _smoothed(before: float, sample: float, gain: float) -> float:
+    return before + (gain if sample > before else FALL_FACTOR * gain) * (sample - before)

@@ -265,22 +265,27 @@ class Node:
         return await self._store_once(record) or (await self._store_once(record) if self.contacts() else 0)
 
     async def _store_once(self, record: Record) -> int:
+        """Store at the nearest contacts that answer; whoever then fails to has the next nearest asked in its place."""
         protocol, target = self._protocol, Target(record.key)
-        nearest = await Crawl(protocol, target, protocol.router.find_neighbors(target), REPLICAS).find()
+        crawl = Crawl(protocol, target, protocol.router.find_neighbors(target), REPLICAS)
+        await crawl.find()
+        candidates = iter(sorted(crawl.answered.values(), key=target.distance_to))
         acknowledged = 0
 
-        async def store(contact: Contact) -> None:
+        async def store() -> None:
             nonlocal acknowledged
-            try:
-                holds = await protocol.call_store(contact, record)
-            except Unanswered:
-                protocol.rpc.counters["store_unanswered"] += 1
-            else:
-                acknowledged += holds
+            for contact in candidates:
+                try:
+                    holds = await protocol.call_store(contact, record)
+                except Unanswered:
+                    protocol.rpc.counters["store_unanswered"] += 1
+                else:
+                    acknowledged += holds
+                    return
 
         async with trio.open_nursery() as nursery:
-            for contact in nearest:
-                nursery.start_soon(store, contact)
+            for _ in range(REPLICAS):
+                nursery.start_soon(store)
         return acknowledged
 
     async def _republish(self) -> None:

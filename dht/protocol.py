@@ -71,9 +71,6 @@ VALUE_CONTACTS_MAX = 8
 """Contacts in the first page of an answer with records."""
 INFO_BYTES_MAX = 1_024
 """What a peer says about itself in one datagram."""
-RTT_S_DEFAULT = 0.05
-"""Taken for the usual round trip until one was measured."""
-RTT_GAIN = 0.1
 
 T = TypeVar("T")
 
@@ -104,7 +101,6 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         self.clock = clock
         self.info = info
         self.advertise = advertise
-        self.usual_rtt_s = RTT_S_DEFAULT
         self.suspects: OrderedDict[bytes, Contact] = OrderedDict()
         self.claims: OrderedDict[bytes, Contact] = OrderedDict()
         self.named: OrderedDict[bytes, Contact] = OrderedDict()
@@ -205,10 +201,8 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
 
     def slow_after_s(self, contact: Contact, least_s: float) -> float:
         """How long a call to this contact may take before others should be asked beside it."""
-        state = self.rpc.states.peek(contact.id)
-        rtt_s = self.usual_rtt_s if state is None or state.rtt_s is None else state.rtt_s
         trips = 1 if self.rpc.has_token(contact) and self.chain_of(contact.key) else 3
-        return max(least_s, 2.5 * rtt_s * trips)
+        return max(least_s, 2.5 * self.rpc.states.rtt_s(contact.id) * trips)
 
     # answers
 
@@ -323,9 +317,6 @@ class Protocol(KademliaProtocol):  # type: ignore[misc]
         except Unanswered:
             self.missed(contact, asked_s)
             raise
-        state = self.rpc.states.of(contact.id)
-        if state.rtt_s is not None:
-            self.usual_rtt_s += RTT_GAIN * (state.rtt_s - self.usual_rtt_s)
         self.heard(contact)
         return answer
 

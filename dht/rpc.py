@@ -5,8 +5,8 @@ Rules this file keeps:
 - whatever arrives, the receive loop goes on: what can't be parsed, isn't for us, or isn't signed right is dropped and
   counted;
 - an answer is only given to who proved its address, or is no longer than the question;
-- one request is one message id, sent up to three times; the wait adapts to the peer's round trip time; cancelling it
-  leaves nothing behind;
+- one request is one message id, sent up to three times; cancelling it leaves nothing behind;
+- the waits follow what the peer needs and how busy everything is, by late answers too: overload never makes more load;
 - requests under way are bounded; the handler is a plain function, so a datagram never starts a task;
 - a datagram seen before is answered again, as its answer may have been lost, but proves nothing new.
 """
@@ -45,6 +45,8 @@ RETRIES_MAX = 2
 """Address tokens accepted in one request; more is a peer that plays with us."""
 REQUESTS_MAX = 512
 """Requests under way; further callers wait."""
+GIVEN_UP_MAX = 256
+"""Unanswered requests remembered: an answer that comes late still tells how long to wait next time."""
 SEEN_MAX = 8_192
 """Message ids remembered against replays; tokens die after two minutes anyway."""
 
@@ -66,6 +68,8 @@ class _Pending:
     key: bytes | None
     answered: trio.Event = field(default_factory=trio.Event)
     answer: tuple[Contact, Packet] | None = None
+    sent_s: float = 0.0  # the first time, since the last answer
+    sendings: int = 0  # since the last answer
 
 
 Handler = Callable[[Contact, Kind, Packet], tuple[Kind, bytes] | None]
@@ -82,6 +86,7 @@ class Rpc:
         self._handler = handler
         self._tokens = Tokens(rng)
         self._pending: dict[bytes, _Pending] = {}
+        self._given_up: OrderedDict[bytes, _Pending] = OrderedDict()
         self._seen: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()
         self._slots = trio.Semaphore(REQUESTS_MAX)
         self.states = PeerStates()
@@ -168,7 +173,10 @@ class Rpc:
         return False
 
     def _receive_answer(self, envelope: Envelope, address: Address) -> None:
-        pending = self._pending.get(envelope.packet.id)
+        id_, sender = envelope.packet.id, Contact(envelope.key, address)
+        pending, is_late = self._pending.get(id_), False
+        if pending is None:
+            pending, is_late = self._given_up.pop(id_, None), True
         if pending is None or pending.answer is not None:
             raise Dropped("unasked")
         if pending.key is not None and pending.key != envelope.key:
@@ -177,8 +185,11 @@ class Rpc:
             check_signature(self._membership.grid, envelope)
         except BadSignature:
             raise Dropped("bad_signature") from None
-        pending.answer = (Contact(envelope.key, address), envelope.packet)
+        pending.answer = (sender, envelope.packet)
         pending.answered.set()
+        if is_late:
+            self.counters["late"] += 1
+            self._sample(sender, pending)
 
     def _seal(self, kind: Kind, id_: bytes, to: Contact | None, body: bytes, address: Address) -> bytes:
         if to is None:
@@ -232,9 +243,10 @@ class Rpc:
     ) -> tuple[Contact, Packet]:
         retries = 0
         waits_s = list(self.waits_s(contact))
-        sent_s: list[float] = []
         while waits_s:
-            sent_s.append(trio.current_time())
+            pending.sendings += 1
+            if pending.sendings == 1:
+                pending.sent_s = trio.current_time()
             await self._send(self._seal(kind, id_, contact, body, address), address)
             await _answer_within(pending, waits_s[0])
             if pending.answer is None:
@@ -243,23 +255,29 @@ class Rpc:
             sender, packet = pending.answer
             if contact is not None:
                 self._keep_token(contact, packet)
-                if len(sent_s) == retries + 1:
-                    rtt_s = trio.current_time() - sent_s[-1]
-                    self.states.of(contact.id).sample(min(rtt_s, RTT_S_MAX))
+                self._sample(contact, pending)
             if packet.kind != Kind.RETRY or contact is None:
                 return sender, packet
             retries += 1
             if retries > RETRIES_MAX:
                 break
-            pending.answer, pending.answered = None, trio.Event()
+            pending.answer, pending.answered, pending.sendings = None, trio.Event(), 0
+        self._give_up(id_, pending)
         raise Unanswered(f"no answer from {address[0]}:{address[1]}")
+
+    def _give_up(self, id_: bytes, pending: _Pending) -> None:
+        self._given_up[id_] = pending
+        if len(self._given_up) > GIVEN_UP_MAX:
+            self._given_up.popitem(last=False)
+
+    def _sample(self, contact: Contact, pending: _Pending) -> None:
+        rtt_s = min(trio.current_time() - pending.sent_s, RTT_S_MAX)
+        self.states.sample(contact.id, rtt_s, is_exact=pending.sendings == 1)
 
     def waits_s(self, contact: Contact | None) -> tuple[float, ...]:
         """How long to wait after each sending."""
-        state = None if contact is None else self.states.peek(contact.id)
-        if state is None or state.rtt_s is None:
-            return WAITS_S
-        factor = max(1.0, RTTS_PER_WAIT * state.rtt_s / WAITS_S[0])
+        rtt_s = self.states.usual_rtt_s if contact is None else self.states.rtt_s(contact.id)
+        factor = max(1.0, RTTS_PER_WAIT * rtt_s / WAITS_S[0])
         return tuple(factor * wait_s for wait_s in WAITS_S)
 
 
