@@ -36,6 +36,8 @@ class Crew:
 
     def __init__(self, site: Site, processes: JobProcesses, nursery: trio.Nursery, requests: Requests) -> None:
         self.workers: list[SiteWorker] = []
+        self.early: dict[SiteWorker, None] = {}
+        """Those whose result may reach the driver before us."""
         self.starting = 0
         self.executed = 0
         self.idle_since_s = trio.current_time()
@@ -56,6 +58,12 @@ class Crew:
         worker = next((worker for worker in self.workers if worker.idle), None)
         if worker is not None:
             worker.prepare(modules)
+
+    def hear(self) -> None:
+        """Handle what those workers have said by now: the driver may know it already, and act on it."""
+        for worker in list(self.early):
+            for message, data in worker.child.arrived():
+                self._handle(worker, message, data)
 
     async def _run_worker(self) -> None:
         child: Child | None = None
@@ -85,6 +93,7 @@ class Crew:
         worker.end("closed its channel")
         await child.exited.wait()
         self.workers.remove(worker)
+        self.early.pop(worker, None)
         self._bury(worker)
         self._site.workshop.pump()
 
@@ -124,6 +133,8 @@ class Crew:
         body = _adopt(worker, message.path) if message.path else data
         if body is None:
             return
+        if message.early and ticket.dropped is not None:
+            self._site.uplink.disputed(ticket.stage, message.lo)
         self._progress(worker, ticket, message.hi, message.elapsed_us, message.final)
         self._site.uplink.result(ticket.stage, message.lo, message.hi, body, message.elapsed_us)
         if message.final:
@@ -163,6 +174,9 @@ class Crew:
         self.executed += count
         self._start_failures = 0
         ticket.at = at
+        if worker.early is ticket:
+            worker.early = None
+            self.early.pop(worker, None)
         if final:
             worker.close(ticket)
         self.idle_since_s = trio.current_time()

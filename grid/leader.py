@@ -74,6 +74,9 @@ class Leader:
         self.recorder = recorder or Recorder()
         self.replaying: Replaying | None = None
         self.speculator: Speculator | None = None
+        self.early = False
+        """The driver takes results from workers of this machine, too, if it waits for nothing else; not while it is replayed."""
+        self.on_disputed: Callable[[], None] = lambda: None
         self.job = job
         self.me = me
         self.defaults = defaults
@@ -157,8 +160,9 @@ class Leader:
         pieces: list[tuple[int, int, tuple[bytes, ...]]],
         body: Body,
         digests: list[bytes],
+        made_as: int = -1,
     ) -> None:
-        """Declare a page's tasks and queue them. digests: what `digests` returned for it."""
+        """Declare a page's tasks and queue them. digests: what `digests` returned for it; made_as: the driver's number."""
         lo, hi = self.ledger.add_segments(stage.index, first, pieces)
         if lo == hi or stage.cancelled:
             bodies.release(body)
@@ -189,6 +193,7 @@ class Leader:
             for work in self._replay(self.replaying, stage, lo, table, data):
                 self._push(work, head=stage.parent is not None)
         else:
+            self.site.stages[stage.index].early = made_as if self.early and stage.unsettled == 1 else -1
             self._push(Work(stage.index, lo, hi), head=stage.parent is not None)
             if digests:  # a worker has begun meanwhile; what it says is heard after this call
                 self.recorder.segments(stage.index, lo, _table(pieces, digests), data)
@@ -267,6 +272,10 @@ class Leader:
     def relay_closed(self, worker: SiteWorker) -> None:
         """See `Uplink.relay_closed`."""
         self.close_child(worker)
+
+    def disputed(self, stage: int, index: int) -> None:
+        """See `Uplink.disputed`."""
+        self.on_disputed()
 
     def returned(self, stage: int, lo: int, hi: int) -> None:
         """See `Uplink.returned`: nothing to do. What has no segment any more is settled, the rest the next sweeps requeue."""

@@ -360,7 +360,9 @@ class LeadJob:
                 os.close(stdin)
         async with trio.open_nursery() as output:
             for fd, (read, _) in enumerate(pipes, start=1):
-                output.start_soon(self._copy_output, fd, read)
+                output.start_soon(self._copy_output, fd, read, place)
+            leader.early = driver.takes_early and leader.replaying is None
+            leader.on_disputed = self._disputed
             broken = await serve_driver(driver, leader, place, nursery)
             await driver.exited.wait()
             if leader.replaying is not None and not broken:
@@ -378,17 +380,22 @@ class LeadJob:
             return Outcome(FAILED, exit_code or 1, error, files=files)
         return Outcome(FINISHED if exit_code == 0 else FAILED, exit_code, files=files, signal=signal)
 
+    def _disputed(self) -> None:
+        """Needs a worker that stood still for half a second between its last look at the clock and the sending of its result."""
+        self.end(FAILED, None, "a task ran twice, and its script may have seen the result that did not count: submit it again")
+
     async def _open_stdin(self, place: JobPlace) -> int | None:
         if self.spec.stdin is None:
             return None
         path = await place.data.path(self.spec.stdin.id, self.spec.stdin.size)
         return os.open(path, os.O_RDONLY)
 
-    async def _copy_output(self, fd: int, pipe: int) -> None:
+    async def _copy_output(self, fd: int, pipe: int, place: JobPlace) -> None:
         recorder, shown = self._recorder, self.view.log(fd)
         replayed = Replayed(recorder.length[fd] if recorder is not None else 0, shown.read)
         async with trio.lowlevel.FdStream(pipe) as stream:
             while data := await stream.receive_some(PIPE_BYTES):
+                place.site.crew.hear()  # what it is written because of comes before it
                 try:
                     if recorder is None:
                         self.view.write(fd, bytes(data))
@@ -482,6 +489,8 @@ async def serve_driver(driver: Child, leader: Leader, place: JobPlace, nursery: 
     producer = Producer(leader, post_frame, nested=False)
     try:
         async for message, data in driver.frames:
+            if place.site.crew.early:
+                place.site.crew.hear()
             match message:
                 case wire.Put() | wire.Fetch() | wire.OpenInput() | wire.ListInputs():
                     nursery.start_soon(place.data.serve, post, message, data)
@@ -500,6 +509,7 @@ async def serve_driver(driver: Child, leader: Leader, place: JobPlace, nursery: 
         driver.kill("disk")
         return f"the job's data can't be kept: {error.strerror or error}"
     finally:
+        place.site.crew.hear()
         producer.close()
     return ""
 

@@ -128,7 +128,7 @@ class Producer:
         ]
         digests = self._leader.digests(message.lengths, body)
         stage = self._stage(message.stage, (pieces[0][0], digests[0]) if digests else None)
-        self._leader.add_page(stage, message.first, pieces, body, digests)
+        self._leader.add_page(stage, message.first, pieces, body, digests, -1 if self._nested else message.stage)
         if message.final:
             self._leader.close_stage(stage, stage.declared)
         self._throttle(stage)

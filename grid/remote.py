@@ -300,6 +300,9 @@ class Remote:
         """See `Uplink.relay_closed`."""
         self._post.post(self.leader, RelayClosed(self.job, worker.token))
 
+    def disputed(self, stage: int, index: int) -> None:
+        """See `Uplink.disputed`: the driver is not here."""
+
     def returned(self, stage: int, lo: int, hi: int) -> None:
         """See `Uplink.returned`: what is claimed no more the leader requeues."""
 

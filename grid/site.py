@@ -52,6 +52,9 @@ class Uplink(Protocol):
     def relay_closed(self, worker: SiteWorker) -> None:
         """The worker with stages of its own is gone."""
 
+    def disputed(self, stage: int, index: int) -> None:
+        """The driver may have had a result from a worker here that was settled by another peer's."""
+
     def returned(self, stage: int, lo: int, hi: int) -> None:
         """The site can't run these (a blob is not to be had, its deque is full); it holds them no more."""
 
@@ -81,6 +84,7 @@ class SiteStage:
     held: dict[int, Held] = field(default_factory=dict)  # by first
     segments: SegmentTable = field(default_factory=SegmentTable)
     attempts: dict[int, int] = field(default_factory=dict)  # of tasks that failed before and wait here
+    early: int = -1  # the driver's number for it, while it seems to wait for one task alone
 
     def alike(self, at: int, hi: int) -> int:
         """Where the run of tasks from `at` on ends that are on the same attempt: a retried task runs alone."""

@@ -7,6 +7,7 @@ the tickets it has not begun are asked back.
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,8 @@ class SiteWorker:
         self.cpus = 1
         self.lent: dict[int, SharedFile] = {}
         """Shared memory that it maps, by ticket."""
+        self.early: Ticket | None = None
+        """Its result may reach the driver before us."""
         self._prepared = False
         self._functions: set[int] = set()
 
@@ -119,8 +122,13 @@ class SiteWorker:
             path, data = _in_parts(held, body, ticket, site)
         first, attempt = held.segment.first, stage.attempts.get(ticket.lo, 0)
         timed = bool(stage.options.task_timeout_s)
+        early, given_ns = -1, 0
+        if stage.early >= 0 and ticket.hi - ticket.lo == 1 and not attempt and len(self.tickets) == 1 and self.child.takes_early:
+            early, given_ns = stage.early, time.monotonic_ns()
+            self.early = ticket
+            site.crew.early[self] = None
         run = wire.Run(
-            ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed=timed, shared=shared
+            ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed, shared, early, given_ns
         )
         self.post(run, data)
 

@@ -49,6 +49,7 @@ class SimChild:
         self.why = ""
         self.memory_bytes_max = 0
         self.grace_s = 2.0
+        self.takes_early = False
         self.cell = (-1, 0)
         self.task = (-1, -1, 0)
         self.closed = False

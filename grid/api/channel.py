@@ -81,12 +81,13 @@ class Channel:
             self._socket.sendall(view[sent:])
             sent = 0
 
-    def ready(self, timeout_s: float | None = 0.0) -> bool:
-        """Wait until there is something to receive, at most `timeout_s` seconds (None: for ever)."""
+    def ready(self, timeout_s: float | None = 0.0, also: socket.socket | None = None) -> bool:
+        """Wait until there is something to receive, at most `timeout_s` seconds (None: for ever), or for `also`."""
         if self._end - self._start >= wire.PREFIX.size:
             return True
         try:
-            return bool(select.select([self._socket], [], [], timeout_s)[0])
+            wanted = [self._socket] if also is None else [self._socket, also]
+            return self._socket in select.select(wanted, [], [], timeout_s)[0]
         except (OSError, ValueError):
             return True  # closed: receive says so
 

@@ -217,10 +217,12 @@ class Reading:
             if left_s < 0 or self._interrupted or self._session.error is not None:
                 return bool(ready())
             self._open = True
-            there = self._channel.ready(left_s)
+            there = self._channel.ready(left_s, self._session.early)
             self._open = False
             if there:
                 self._take_one()
+            elif self._session.early is not None:
+                self._session.take_early()
         return True
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import socket
+import struct
 import threading
 import time
 import warnings
@@ -41,6 +43,8 @@ FUNCTIONS_MAX = 1024
 """Functions remembered by content, so that mapping the same one again doesn't send it again."""
 EXPECT_BYTES = 8 << 20
 """A page from this size on takes milliseconds to write: time for an import."""
+EARLY_STAGES_MAX = 8
+"""With more stages open, whether they all rest costs more to see than is won."""
 UNREAD_MAX = 16
 """Stages with errors that nobody read, of which the end of the script tells."""
 
@@ -59,6 +63,8 @@ class Session:
         self.pid = os.getpid()
         self.error: GridError | None = None
         self.closing = False
+        self.early: socket.socket | None = None
+        """In a driver: where workers of its machine send results that it alone waits for."""
         self._on_other = on_other
         self._lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -152,6 +158,23 @@ class Session:
         else:
             return False
         return True
+
+    def take_early(self) -> None:
+        """Take a result that a worker sent here itself, if nothing else is waited for, which might come before it.
+
+        The peer, which sends it too, has had it before: what this process says next, the peer hears after it.
+        """
+        assert self.early is not None
+        try:
+            data = self.early.recv(wire.EARLY.size + wire.EARLY_BYTES_MAX, socket.MSG_DONTWAIT)
+            number, index = wire.EARLY.unpack_from(data)
+        except (BlockingIOError, struct.error):
+            return
+        stage = self._stages.get(number)
+        if stage is None or len(self._stages) > EARLY_STAGES_MAX:
+            return
+        if all(other is stage or other.idle for other in list(self._stages.values())):
+            stage.on_early(index, data[wire.EARLY.size :])
 
     def _compare(self, message: Any, body: Any) -> None:
         """Answer in a thread that is there for it: what unpickles may take long."""

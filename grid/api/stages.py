@@ -76,6 +76,14 @@ class Stage:
         """Where to cut, while that is on record."""
         self.number = session.open_stage(self, fn, name, ordered, options, kind)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it is under way."""
+        return False
+
+    def on_early(self, index: int, body: bytes) -> None:
+        """A worker says what the peer will say, too: task `index` is done."""
+
     # ---- sending (under the lock) ------------------------------------------------------------------------------------
 
     def _cut(self) -> None:

@@ -95,6 +95,19 @@ class SubmitStage(Stage):
         if not self._futures:
             self._notify_idle()
 
+    def on_early(self, index: int, body: bytes) -> None:
+        if len(self._futures) != 1 or index not in self._futures:
+            return
+        try:
+            value = serialize.load_results(body, 0, 1)[0]
+        except Exception:  # the peer's frame will say it again
+            return
+        future = self._futures.pop(index, None)
+        if future is not None:
+            future.settle(value)
+        if not self._futures:
+            self._notify_idle()
+
     def _settle_singly(self, futures: list[GridFuture | None], data: serialize.Buffer, skip: int) -> None:
         """One of these results can't be loaded here: only its own future may suffer."""
         for offset, future in enumerate(futures, start=skip):

@@ -26,6 +26,12 @@ INLINE_BYTES_MAX = 1 << 20
 """A body above this is written to the spool folder and named by `path` instead."""
 
 PREFIX = struct.Struct("<II")
+EARLY = struct.Struct("<qq")
+"""Before an early result: the driver's number for the stage, the task's index. The result's segment follows."""
+EARLY_BYTES_MAX = 4 << 10
+"""Of that segment: what is larger comes from the peer alone."""
+EARLY_NS = 50_000_000
+"""A task that is done later after it was given to its worker comes from the peer alone: it might be run elsewhere by then."""
 PROGRESS = struct.Struct("<qq")
 """A worker's progress cell (shared memory): index of the running task or -1, its start in CLOCK_MONOTONIC ns."""
 
@@ -96,6 +102,8 @@ class Run(Message, tag=3, frozen=True):
     path: str = ""
     timed: bool = False
     shared: bool = False  # what is at path will be written anew once nobody maps it: answer Unmapped, too
+    early: int = -1  # the driver's number for the stage, if it waits for this one task: it may have the result from us, too
+    given_ns: int = 0  # then: CLOCK_MONOTONIC when it was given
 
 
 class Result(Message, tag=4, frozen=True):
@@ -281,6 +289,7 @@ class Done(Message, tag=27, frozen=True):
     elapsed_us: int
     final: bool
     path: str = ""
+    early: bool = False  # sent to the driver, too, after this
 
 
 class Failed(Message, tag=28, frozen=True):

@@ -71,7 +71,7 @@ def start_child(channel: Channel) -> wire.Setup:
     return setup
 
 
-def main(sock: socket.socket, progress_fd: int) -> int:
+def main(sock: socket.socket, progress_fd: int, early_fd: int | None = None) -> int:
     """Serve until told to stop; return the exit status."""
     channel = Channel(sock)
     os.register_at_fork(after_in_child=lambda: os.close(channel.fileno()))  # what a task forks is no worker
@@ -81,7 +81,7 @@ def main(sock: socket.socket, progress_fd: int) -> int:
         cell = mmap.mmap(progress_fd, progress.CELL_BYTES)
         os.close(progress_fd)
         with memoryview(cell).cast("q") as view:
-            Worker(channel, setup, view).serve()
+            Worker(channel, setup, view, None if early_fd is None else socket.socket(fileno=early_fd)).serve()
     except (ChannelClosed, wire.WireError):
         os._exit(1)  # nobody is left to hear of it
     return 0
@@ -90,7 +90,7 @@ def main(sock: socket.socket, progress_fd: int) -> int:
 class Worker:
     """The state of a worker process."""
 
-    def __init__(self, channel: Channel, setup: wire.Setup, cell: memoryview) -> None:
+    def __init__(self, channel: Channel, setup: wire.Setup, cell: memoryview, early: socket.socket | None = None) -> None:
         self._channel = channel
         self._cell = cell
         self._queue: deque[tuple[wire.Run, Any] | None] = deque()
@@ -106,7 +106,7 @@ class Worker:
         self._session = session.attach(channel, setup, self._take, partial(_TaskSession, cell))
         self._prints = Prints(channel.send, lambda: self._session.task)
         self._prints.install()
-        self._reporter = Reporter(self._session, self._prints)
+        self._reporter = Reporter(self._session, self._prints, early)
         os.register_at_fork(after_in_parent=self._forked)
         self._seeder.watch(lambda: self._seeder.of(*self._session.task[:2]))
 

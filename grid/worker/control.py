@@ -22,7 +22,7 @@ FDS_MAX = 8
 class Fork(wire.Message, tag=1, frozen=True):
     """Peer: fork child number `child`. One descriptor comes for each name in `fds`:
 
-    channel, progress (both kept), stdin, stdout, stderr (put in place of 0, 1, 2; /dev/null where not given).
+    channel, progress, early (kept), stdin, stdout, stderr (put in place of 0, 1, 2; /dev/null where not given).
     """
 
     child: int

@@ -20,13 +20,14 @@ from grid.worker.child import start_child
 from grid.worker.seeding import Seeder, stage_seed
 
 
-def main(sock: socket.socket) -> int:
+def main(sock: socket.socket, early_fd: int | None = None) -> int:
     """Run the script; return the exit status, or raise SystemExit with it."""
     channel = Channel(sock)
     setup = start_child(channel)
     _renew_streams()
     completion.install()
     current = session.attach(channel, setup)
+    current.early = None if early_fd is None else socket.socket(fileno=early_fd)
     seeder = Seeder(setup.seed)
     seed = stage_seed(setup.seed, -1)
     seeder.seed(seed)

@@ -183,6 +183,8 @@ class JobProcesses:
         self.children: list[Child] = []
         """Those that live."""
         self._opened: list[Child] = []
+        self._early = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        """From the workers to the driver: results that it need not wait for the peer to pass on."""
         self._pool = pool
         self._setup = setup
         self._memory_bytes_max = memory_bytes_max
@@ -210,6 +212,8 @@ class JobProcesses:
                     await self._server.gone.wait()
             for child in self._opened:
                 child.close()
+            for end in self._early:
+                end.close()
             self._pool.forget(self)
             self._closed.set()
 
@@ -248,7 +252,9 @@ class JobProcesses:
     async def _start(self, role: str, setup: wire.Setup, fds: Mapping[str, int], memory_bytes_max: int) -> Child:
         server = await self._ready_server()
         assert self._nursery is not None
-        async with _open_child(role, fds) as (child, handed, pipes):
+        early = self._early[role == "driver"].fileno()
+        async with _open_child(role, {**fds, "early": early}) as (child, handed, pipes):
+            child.takes_early = True
             number, pid = await server.fork(role, handed, memory_bytes_max, functools.partial(self._on_exit, child))
             child.memory_bytes_max = memory_bytes_max
             child.grace_s = self._pool.kill_grace_s

@@ -11,7 +11,7 @@ import mmap
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import trio
@@ -54,6 +54,8 @@ class Child:
         self.memory_bytes_max = 0
         self.shared_bytes = 0
         """Of its memory: another process' that it was given to map, which is not for it to answer for."""
+        self.takes_early = False
+        """It has an end of the socket between its job's workers and driver on this machine."""
         self.grace_s = 2.0
         """What `stop` grants."""
         self._kill: Callable[[], None] = lambda: None
@@ -171,10 +173,7 @@ class Child:
                 self._prints_taken.set()
                 return message, body
             if self._frames:
-                message, body = self._frames.popleft()
-                if type(message) in _ENDS and message.final:
-                    self._finished = message.ticket, self._stages.pop(message.ticket, -1)
-                return message, body
+                return self._next_frame()
             if self._ended:
                 self.close()
                 raise StopAsyncIteration
@@ -184,6 +183,19 @@ class Child:
                 with trio.CancelScope() as self._lingering:
                     await self._linger()
                 self._lingering = None
+
+    def _next_frame(self) -> tuple[Any, bytes]:
+        message, body = self._frames.popleft()
+        if type(message) in _ENDS and message.final:
+            self._finished = message.ticket, self._stages.pop(message.ticket, -1)
+        return message, body
+
+    def arrived(self) -> Iterator[tuple[Any, bytes]]:
+        """The frames that the child has sent by now, without waiting; whoever iterates `frames` gets those that come later."""
+        if self._linger_until is None and self._socket.fileno() >= 0:
+            self._receive()
+        while self._frames:
+            yield self._next_frame()
 
     async def _read(self) -> None:
         """Take in what the socket has, waiting for it if it was empty. One checkpoint, always."""
@@ -197,6 +209,9 @@ class Child:
                 self._reading = False
         else:
             await trio.lowlevel.checkpoint()
+        self._receive()
+
+    def _receive(self) -> None:
         try:
             size = self._socket.recv_into(_INPUT)
         except BlockingIOError:

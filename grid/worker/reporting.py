@@ -8,6 +8,7 @@ long doesn't hold back its predecessors' results: `tiny` is appended to without 
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 import traceback
@@ -48,13 +49,14 @@ _OWN_CODE = str(Path(__file__).parents[1])
 class Reporter:
     """The answers to one worker's Runs."""
 
-    def __init__(self, session: Session, prints: Prints) -> None:
+    def __init__(self, session: Session, prints: Prints, early: socket.socket | None = None) -> None:
         self.tiny: list[Any] = []
         """Append results of TINY types here; `keep` others."""
         self.flush_at_ns = 0
         """When the next flush is due."""
         self._session = session
         self._prints = prints
+        self._early = early
         self._lock = threading.RLock()
         self._run = wire.Run(-1, -1, -1, 0, 0, 0)
         self._lo = 0
@@ -141,8 +143,17 @@ class Reporter:
                     for index in range(lo, lo + count):
                         self._send_failure(index, "failed", "GridError", str(error), "", b"", elapsed_us // count)
                     return
-            done = wire.Done(self._run.ticket, lo, lo + count, elapsed_us, lo + count == self._hi, path)
-            self._session.channel.send(done, *parts)
+            run, final = self._run, lo + count == self._hi
+            early = run.early >= 0 and final and size <= wire.EARLY_BYTES_MAX and now_ns - run.given_ns < wire.EARLY_NS
+            self._session.channel.send(wire.Done(run.ticket, lo, lo + count, elapsed_us, final, path, early), *parts)
+            if early:
+                self._send_early(run, parts)
+
+    def _send_early(self, run: wire.Run, parts: list[serialize.Buffer]) -> None:
+        """The peer has the result; the driver, which waits for nothing else, need not wait for it. If this fails, it does."""
+        if self._early is not None:
+            with contextlib.suppress(OSError):
+                self._early.send(b"".join((wire.EARLY.pack(run.early, run.lo), *parts)), socket.MSG_DONTWAIT)
 
     def flush_stale(self) -> None:
         """Called by the clock: report what waits although its time has come."""

@@ -184,7 +184,7 @@ def enter_child(order: control.Fork, fds: dict[str, int], parent: int) -> Callab
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    channel, progress = _arrange_descriptors(fds)
+    kept = _arrange_descriptors(fds)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if order.memory_bytes_max:
         limit = order.memory_bytes_max
@@ -194,25 +194,24 @@ def enter_child(order: control.Fork, fds: dict[str, int], parent: int) -> Callab
     if order.role == "driver":
         from grid.worker import driver_child
 
-        return lambda: driver_child.main(socket.socket(fileno=channel))
+        return lambda: driver_child.main(socket.socket(fileno=kept["channel"]), kept.get("early"))
     from grid.worker import child
 
-    return lambda: child.main(socket.socket(fileno=channel), progress)
+    return lambda: child.main(socket.socket(fileno=kept["channel"]), kept["progress"], kept.get("early"))
 
 
-def _arrange_descriptors(fds: dict[str, int]) -> tuple[int, int]:
-    """Put standard streams in place, channel and progress at 3 and 4, close everything else."""
+def _arrange_descriptors(fds: dict[str, int]) -> dict[str, int]:
+    """Put standard streams in place, what is kept behind them, close everything else. Returns where what is kept is."""
     null = os.open(os.devnull, os.O_RDWR)
     floor = 16 + max([null, *fds.values()])  # first out of each other's way
-    places = [fds.get("stdin", null), fds.get("stdout", null), fds.get("stderr", null), fds["channel"]]
-    if "progress" in fds:
-        places.append(fds["progress"])
+    kept = [name for name in ("channel", "progress", "early") if name in fds]
+    places = [fds.get("stdin", null), fds.get("stdout", null), fds.get("stderr", null), *(fds[name] for name in kept)]
     for place, fd in enumerate(places):
         os.dup2(fd, floor + place, inheritable=False)
     for place in range(len(places)):
         os.dup2(floor + place, place, inheritable=place < 3)
     os.closerange(len(places), _descriptors_max())
-    return 3, 4
+    return {name: place for place, name in enumerate(kept, start=3)}
 
 
 def _descriptors_max() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,16 +48,32 @@ class FakeChild:
         self.why = ""
         self.cell = (-1, 0)
         self.lingers = False
-        self._send, self._receive = trio.open_memory_channel[tuple[Any, bytes]](1000)
+        self.takes_early = False
+        self._said: deque[tuple[Any, bytes]] = deque()
+        self._news = trio.Event()
+        self._ended = False
 
     @property
     def frames(self) -> AsyncIterator[tuple[Any, bytes]]:
-        return self._receive
+        return self._frames()
+
+    async def _frames(self) -> AsyncIterator[tuple[Any, bytes]]:
+        while True:
+            while self._said:
+                yield self._said.popleft()
+            if self._ended:
+                return
+            self._news = trio.Event()
+            await self._news.wait()
 
     def post(self, message: Any, body: bytes = b"") -> None:
         if self.exited.is_set():
             raise ChildGone
         self.posted.append((message, body))
+
+    def arrived(self) -> Iterator[tuple[Any, bytes]]:
+        while self._said:
+            yield self._said.popleft()
 
     def progress(self) -> tuple[int, int]:
         return self.cell
@@ -70,16 +87,19 @@ class FakeChild:
         """It ended."""
         self.status = status
         self.exited.set()
-        self._send.close()
+        self.close_channel()
 
     def close_channel(self) -> None:
         """It closed its descriptors and goes on."""
-        self._send.close()
+        self._ended = True
+        self._news.set()
 
     # ---- what it says ----
 
     def say(self, message: wire.Message, body: bytes = b"") -> None:
-        self._send.send_nowait((message, body))
+        assert not self._ended
+        self._said.append((message, body))
+        self._news.set()
 
     @property
     def runs(self) -> list[wire.Run]:
@@ -107,6 +127,7 @@ class FakeProcesses:
     def __init__(self) -> None:
         self.children: list[FakeChild] = []
         self.errors: list[Exception] = []
+        self.takes_early = False
         self.gate: trio.Event | None = None
 
     async def start_worker(self) -> Any:
@@ -116,6 +137,7 @@ class FakeProcesses:
         if self.errors:
             raise self.errors.pop(0)
         child = FakeChild()
+        child.takes_early = self.takes_early
         self.children.append(child)
         return child
 
@@ -145,6 +167,9 @@ class FakeUplink:
 
     def relay_closed(self, worker: SiteWorker) -> None:
         self.closed.append(worker)
+
+    def disputed(self, stage: int, index: int) -> None:
+        raise AssertionError("no result of these tests is early")
 
     def returned(self, stage: int, lo: int, hi: int) -> None:
         self.back.append((stage, lo, hi))

@@ -75,7 +75,7 @@ async def test_process_is_set_up_as_told(tasks: Tasks, setup: wire.Setup) -> Non
     assert seen["cwd"] == setup.workdir
     assert seen["argv"] == [setup.script, "a", "-b"]
     assert seen["path"] == os.path.dirname(setup.script)
-    assert seen["fds"] in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5])  # one is the listing's own
+    assert seen["fds"] in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6])  # one is the listing's own
     assert seen["stdin"] == "/dev/null"
     assert seen["core"] == (0, 0)
     assert set(seen["leader"]) == {tasks.child.pid}

@@ -1,0 +1,100 @@
+"""Results that a worker sends to the driver, too: only where nothing else can come before them, and the peer has them first."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from grid.api import wire
+from tests.core.fakes import FakeChild, result_bytes, settle
+from tests.core.test_leader import World
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """With one worker, which has an end of the socket; the stage is the driver's 7th."""
+    async with trio.open_nursery() as nursery:
+        world = World(nursery, tmp_path, slots=1)
+        world.place.processes.takes_early = True
+        world.leader.early = True
+        world.open(7, ordered=False, retries=1)
+        yield world
+        nursery.cancel_scope.cancel()
+
+
+async def page(world: World, *sizes: int) -> FakeChild:
+    world.page(*sizes, stage=7)
+    await settle()
+    return world.place.children[0]
+
+
+async def test_task_that_is_waited_for_alone_may_answer_early(world: World) -> None:
+    for number in range(3):
+        child = await page(world, 1)
+        run = child.runs[number]
+        assert (run.lo, run.hi, run.early) == (number, number + 1, 7)
+        assert run.given_ns > 0
+        child.finish(run)
+        await settle()
+
+
+async def test_tasks_in_company_may_not(world: World) -> None:
+    child = await page(world, 1)
+    await page(world, 1)
+    child.finish(child.runs[0])
+    await settle()
+    assert [run.early for run in child.runs] == [7, -1]
+    child.finish(child.runs[1])
+    await page(world, 2)
+    assert [run.early for run in child.runs[2:]] == [-1] * len(child.runs[2:])
+
+
+async def test_task_that_failed_before_may_not(world: World) -> None:
+    child = await page(world, 1)
+    child.fail(child.runs[0], 0)
+    await settle()
+    assert [(run.early, run.attempt) for run in child.runs] == [(7, 0), (-1, 1)]
+
+
+async def test_none_may_where_the_driver_does_not_listen(world: World) -> None:
+    world.leader.early = False
+    assert (await page(world, 1)).runs[0].early == -1
+
+
+async def test_none_may_whose_worker_has_no_end_of_the_socket(world: World) -> None:
+    world.place.processes.takes_early = False
+    assert (await page(world, 1)).runs[0].early == -1
+
+
+async def test_what_the_driver_may_know_is_heard_before_the_driver(world: World) -> None:
+    """The driver's next frame may lie in its socket beside the worker's: `serve_driver` and `_copy_output` call `hear` first."""
+    child = await page(world, 1)
+    child.say(wire.Done(child.runs[0].ticket, 0, 1, 1, True, early=True), result_bytes(0, 1))
+    assert world.driver.results(7) == []
+    world.place.site.crew.hear()
+    assert world.driver.results(7) == [(0, 1)]
+    assert not world.place.site.crew.early
+    await settle()
+    assert world.driver.results(7) == [(0, 1)]
+
+
+async def test_worker_that_died_is_not_heard_any_more(world: World) -> None:
+    child = await page(world, 1)
+    child.die(-9)
+    await settle()
+    assert [worker.child for worker in world.place.site.crew.early] == world.place.children[1:]
+
+
+@pytest.mark.parametrize("early", [False, True])
+async def test_early_result_of_a_task_that_another_peer_settled_is_disputed(world: World, early: bool) -> None:
+    disputed: list[bool] = []
+    world.leader.on_disputed = lambda: disputed.append(True)
+    child = await page(world, 1)
+    child.say(wire.Done(child.runs[0].ticket, 0, 1, 1, True, early=early), result_bytes(0, 1))
+    world.done(0, 1, stage=world.job_stage(7))
+    await settle()
+    assert disputed == [True] * early
+    assert world.driver.results(7) == [(0, 1)]
