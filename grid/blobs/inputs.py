@@ -3,7 +3,8 @@
 Rules this file keeps:
 
 - a file is at its place whole, read-only, and only after its pack was verified; asking again costs a stat;
-- a pack is extracted by one task at a time; with a file come its neighbours in the pack, bounded, as they are wanted next;
+- a pack is extracted by one task at a time; with a file come, bounded, those that others wait for and its neighbours in the pack,
+  as they are wanted next;
 - names come from a checked manifest (manifest.py), files are written without following links (extract.py).
 """
 
@@ -46,6 +47,7 @@ class InputTree:
         self._blobs = blobs
         self._done: set[str] = set()  # extracted by this process: what stood there before is not trusted
         self._locks: dict[BlobId, trio.Lock] = {}
+        self._waiting: dict[BlobId, dict[str, None]] = {}  # files asked for and not extracted, while somebody extracts others
 
     @classmethod
     async def open(cls, store: BlobStore, blobs: BlobPaths, manifest: Path, folder: Path) -> InputTree:
@@ -63,6 +65,8 @@ class InputTree:
         if file is None:
             raise FileNotFoundError(f"{name!r} is not among the job's input files: add it with --file")
         pack = self.manifest.packs[file.pack]
+        if name not in self._done:
+            self._waiting.setdefault(pack.blob, {})[name] = None
         async with self._locks.setdefault(pack.blob, trio.Lock()):
             if not (name in self._done and self._present(file)):
                 path = await self._blobs.path(pack.blob, pack.size)
@@ -84,17 +88,20 @@ class InputTree:
         return stat.S_ISREG(status.st_mode) and status.st_size == file.size and not status.st_mode & 0o222
 
     def _with_neighbours(self, pack: Pack, file: InputFile) -> list[InputFile]:
-        """The file, and after it what follows in the pack and wasn't extracted yet."""
-        wanted = [file]
+        """The file, what others wait for, and what follows in the pack; of these what wasn't extracted yet."""
+        wanted = {file.name: file}
         room = NEIGHBOURS_BYTES_MAX - file.size
         start = pack.positions[file.name]
-        for other in pack.files[start + 1 : start + 1 + NEIGHBOURS_MAX]:
+        waiting = sorted(map(pack.positions.__getitem__, self._waiting.pop(pack.blob, {})))
+        for at in (*waiting, *range(start + 1, min(start + 1 + NEIGHBOURS_MAX, len(pack.files)))):
+            other = pack.files[at]
+            if other.name in self._done or other.name in wanted:
+                continue
             room -= other.size
-            if room < 0:
+            if room < 0 or len(wanted) > NEIGHBOURS_MAX:
                 break
-            if other.name not in self._done:
-                wanted.append(other)
-        return wanted
+            wanted[other.name] = other
+        return list(wanted.values())
 
     async def _extract(self, pack: Pack, path: Path, wanted: list[InputFile]) -> None:
         try:
