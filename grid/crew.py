@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 ON_PURPOSE = frozenset({"dropped", "idle"})
 """Why a worker was ended by its peer: nothing it ran is to blame."""
 
+AWAKE_S = 1e-4
+"""A trivial task is there and back in half of it."""
+
 Requests = Callable[[Callable[[wire.ToChild], None], wire.Message, bytes], Awaitable[None]]
 
 
@@ -64,6 +67,15 @@ class Crew:
         for worker in list(self.early):
             for message, data in worker.child.arrived():
                 self._handle(worker, message, data)
+
+    async def stay_awake(self) -> None:
+        """Let the loop go round without sleeping until those workers are heard, for AWAKE_S at most.
+
+        To wake a process that sleeps costs whoever sends to it as much as a trivial task.
+        """
+        until_s = time.perf_counter() + AWAKE_S
+        while self.early and time.perf_counter() < until_s:
+            await trio.lowlevel.checkpoint()
 
     async def _run_worker(self) -> None:
         child: Child | None = None

@@ -502,6 +502,8 @@ async def serve_driver(driver: Child, leader: Leader, place: JobPlace, nursery: 
                     producer.handle(message, bodies.whole_file(path))
                 case _:
                     producer.handle(message, data)
+            if place.site.crew.early:
+                await place.site.crew.stay_awake()
     except RefusedError as error:
         driver.kill("protocol")
         return f"the driver broke the protocol: {error}"

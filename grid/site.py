@@ -254,6 +254,11 @@ class Site:
         return not self.deque and not self._fetching
 
     @property
+    def in_hand(self) -> int:
+        """Tasks that its workers have and have not reported."""
+        return sum(ticket.hi - ticket.at for worker in self.crew.workers for ticket in worker.tickets.values())
+
+    @property
     def busy(self) -> int:
         """Slots in use."""
         return sum(worker.slots for worker in self.crew.workers)

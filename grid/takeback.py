@@ -48,8 +48,11 @@ class TakeBack:
             self._bell.ring()
 
     def _wanting(self) -> bool:
-        workshop = self._leader.site.workshop
-        return workshop.free > 0 and not workshop.draining and self._leader.site.quiet and self._leader.unsettled > 0
+        site = self._leader.site
+        workshop = site.workshop
+        if workshop.draining or not site.quiet or workshop.free <= 0:
+            return False
+        return self._leader.unsettled > site.in_hand  # else all that is left runs here already
 
     async def run(self) -> None:
         """Ask while there is room, until cancelled."""

@@ -98,3 +98,19 @@ async def test_early_result_of_a_task_that_another_peer_settled_is_disputed(worl
     await settle()
     assert disputed == [True] * early
     assert world.driver.results(7) == [(0, 1)]
+
+
+async def test_peer_stays_awake_for_a_trivial_task_and_no_longer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    crew = world.place.site.crew
+    child = await page(world, 1)
+    monkeypatch.setattr("grid.crew.AWAKE_S", 60.0)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(crew.stay_awake)
+        child.finish(child.runs[0])
+    assert world.driver.results(7) == [(0, 1)]
+
+    await page(world, 1)
+    monkeypatch.setattr("grid.crew.AWAKE_S", 0.001)
+    await crew.stay_awake()
+    assert crew.early

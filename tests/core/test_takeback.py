@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from dht.core.identity import PeerId
 from grid.core import limits
@@ -102,3 +103,21 @@ async def test_thief_with_nothing_queued_is_asked_less_and_less_often(tmp_path: 
     with trio.move_on_after(30):
         await take_back(team, asked, empty=True).run()
     assert 20 < len(asked) < 60
+
+
+async def test_leader_whose_own_workers_have_all_that_is_left_wants_nothing(tmp_path: Path, nursery: Any) -> None:
+    team = Team(nursery, tmp_path, slots=2)
+    mine = take_back(team, [])
+    team.open()
+    team.page(1)
+    await trio.testing.wait_all_tasks_blocked()
+    assert team.leader.unsettled == team.site.in_hand == 1
+    assert team.place.workshop.free == 1
+    assert not mine._wanting()
+    team.place.workshop.draining = True
+    team.page(40)
+    while team.site.deque:
+        await team.steal(team.helpers[0])
+        await team.deliver()
+    team.place.workshop.draining = False
+    assert mine._wanting()
