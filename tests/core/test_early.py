@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import trio
 
 from grid.api import wire
+from grid.leadjob import LeadJob, serve_driver
+from grid.producer import Producer
 from tests.core.fakes import FakeChild, result_bytes, settle
 from tests.core.test_leader import World
 
@@ -114,3 +119,52 @@ async def test_peer_stays_awake_for_a_trivial_task_and_no_longer(world: World, m
     monkeypatch.setattr("grid.crew.AWAKE_S", 0.001)
     await crew.stay_awake()
     assert crew.early
+
+
+class Ears:
+    """What the driver had been sent when something it said was taken in."""
+
+    def __init__(self, world: World, child: FakeChild) -> None:
+        self._world = world
+        self.heard: list[list[tuple[int, int]]] = []
+        done = wire.Done(child.runs[0].ticket, 0, 1, 1, True, early=True)
+        child._said.append((done, result_bytes(0, 1)))  # it lies in its socket, and nobody has been woken yet
+
+    def hear(self, *what: object) -> None:
+        self.heard.append(self._world.driver.results(7))
+
+
+async def test_driver_is_heard_after_the_worker_it_heard(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ears = Ears(world, await page(world, 1))
+    monkeypatch.setattr(Producer, "handle", ears.hear)
+
+    async def frames() -> AsyncIterator[tuple[wire.Message, bytes]]:
+        yield wire.Close(7, 1), b""
+
+    driver = cast(Any, SimpleNamespace(frames=frames(), post=lambda *_: None))
+    async with trio.open_nursery() as nursery:
+        await serve_driver(driver, world.leader, cast(Any, world.place), nursery)
+    assert ears.heard == [[(0, 1)]]
+
+
+async def test_driver_that_ends_is_heard_after_the_worker_it_heard(world: World) -> None:
+    Ears(world, await page(world, 1))
+
+    async def frames() -> AsyncIterator[tuple[wire.Message, bytes]]:
+        for frame in ():
+            yield frame
+
+    async with trio.open_nursery() as nursery:
+        await serve_driver(cast(Any, SimpleNamespace(frames=frames())), world.leader, cast(Any, world.place), nursery)
+    assert world.driver.results(7) == [(0, 1)]
+
+
+async def test_output_is_recorded_after_what_it_is_written_because_of(world: World) -> None:
+    ears = Ears(world, await page(world, 1))
+    log = SimpleNamespace(read=lambda *_: b"")
+    job = SimpleNamespace(_recorder=None, view=SimpleNamespace(log=lambda fd: log, write=ears.hear))
+    read, write = os.pipe()
+    os.write(write, b"0 was drawn\n")
+    os.close(write)
+    await LeadJob._copy_output(cast(Any, job), 1, read, cast(Any, world.place))
+    assert ears.heard == [[(0, 1)]]
