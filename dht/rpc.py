@@ -176,7 +176,7 @@ class Rpc:
         id_, sender = envelope.packet.id, Contact(envelope.key, address)
         pending, is_late = self._pending.get(id_), False
         if pending is None:
-            pending, is_late = self._given_up.pop(id_, None), True
+            pending, is_late = self._given_up.get(id_), True
         if pending is None or pending.answer is not None:
             raise Dropped("unasked")
         if pending.key is not None and pending.key != envelope.key:
@@ -188,6 +188,7 @@ class Rpc:
         pending.answer = (sender, envelope.packet)
         pending.answered.set()
         if is_late:
+            del self._given_up[id_]
             self.counters["late"] += 1
             self._sample(sender, pending)
 

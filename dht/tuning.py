@@ -13,7 +13,7 @@ class Tuning:
     """Seconds, and numbers a second."""
 
     alive_for_s: float = 3.0
-    """A contact heard more recently isn't pinged. With the two misses a dead peer is gone in 4 to 8 s."""
+    """A contact heard more recently isn't pinged. With the three misses a dead peer is gone in 5 to 9 s."""
     pings_per_s: float = 7.0
     """Pings in grids of up to 20 peers: each of them every 3 s. 7 a second cost 0.5 % of a core."""
     pings_per_s_large: float = 2.0

@@ -113,7 +113,9 @@ class Upkeep:
         protocol, now_s = self._protocol, trio.current_time()
         due = []
         for contact in list(protocol.suspects.values()):
-            if now_s >= protocol.rpc.states.of(contact.id).missed_s + self._tuning.second_miss_after_s:
+            state = protocol.rpc.states.of(contact.id)
+            pause_s = self._tuning.second_miss_after_s if state.misses < 2 else 0.0  # the third follows at once
+            if now_s >= state.missed_s + pause_s:
                 del protocol.suspects[contact.id]
                 due.append(contact)
         heard = [(protocol.rpc.states.of(c.id).heard_s, c) for c in protocol.router]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ON_PURPOSE = frozenset({"dropped", "idle"})
 """Why a worker was ended by its peer: nothing it ran is to blame."""
 
-AWAKE_S = 1e-4
+AWAKE_NS = 100_000
 """A trivial task is there and back in half of it."""
 
 Requests = Callable[[Callable[[wire.ToChild], None], wire.Message, bytes], Awaitable[None]]
@@ -39,8 +39,8 @@ class Crew:
 
     def __init__(self, site: Site, processes: JobProcesses, nursery: trio.Nursery, requests: Requests) -> None:
         self.workers: list[SiteWorker] = []
-        self.early: dict[SiteWorker, None] = {}
-        """Those whose result may reach the driver before us."""
+        self.early: dict[SiteWorker, int] = {}
+        """Those whose result may reach the driver before us, and when they got the task (CLOCK_MONOTONIC, nanoseconds)."""
         self.starting = 0
         self.executed = 0
         self.idle_since_s = trio.current_time()
@@ -69,13 +69,20 @@ class Crew:
                 self._handle(worker, message, data)
 
     async def stay_awake(self) -> None:
-        """Let the loop go round without sleeping until those workers are heard, for AWAKE_S at most.
+        """Let the loop go round without sleeping until those workers are heard or had AWAKE_NS for their task.
 
         To wake a process that sleeps costs whoever sends to it as much as a trivial task.
         """
-        until_s = time.perf_counter() + AWAKE_S
-        while self.early and time.perf_counter() < until_s:
+        until_ns = max(self.early.values(), default=0) + AWAKE_NS
+        while self.early and time.monotonic_ns() < until_ns:
             await trio.lowlevel.checkpoint()
+
+    def contest(self, stage: int, lo: int, hi: int) -> None:
+        """Another peer's word about these tasks counted."""
+        for worker in self.early:
+            ticket = worker.early
+            if ticket is not None and ticket.stage == stage and lo <= ticket.lo < hi:
+                ticket.contested = True
 
     async def _run_worker(self) -> None:
         child: Child | None = None
@@ -145,7 +152,7 @@ class Crew:
         body = _adopt(worker, message.path) if message.path else data
         if body is None:
             return
-        if message.early and ticket.dropped is not None:
+        if message.early and ticket.contested:
             self._site.uplink.disputed(ticket.stage, message.lo)
         self._progress(worker, ticket, message.hi, message.elapsed_us, message.final)
         self._site.uplink.result(ticket.stage, message.lo, message.hi, body, message.elapsed_us)

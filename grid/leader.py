@@ -162,7 +162,8 @@ class Leader:
         digests: list[bytes],
         made_as: int = -1,
     ) -> None:
-        """Declare a page's tasks and queue them. digests: what `digests` returned for it; made_as: the driver's number."""
+        """Declare a page's tasks and queue them. digests: what `digests` returned for it; made_as: the driver's number
+        for it, if its calls are submitted one by one."""
         lo, hi = self.ledger.add_segments(stage.index, first, pieces)
         if lo == hi or stage.cancelled:
             bodies.release(body)
@@ -193,8 +194,8 @@ class Leader:
             for work in self._replay(self.replaying, stage, lo, table, data):
                 self._push(work, head=stage.parent is not None)
         else:
-            self.site.stages[stage.index].early = made_as if self.early and stage.unsettled == 1 else -1
-            self._push(Work(stage.index, lo, hi), head=stage.parent is not None)
+            alone = self.early and made_as >= 0 and self.ledger.unsettled == 1
+            self._push(Work(stage.index, lo, hi), head=stage.parent is not None, early=made_as if alone else -1)
             if digests:  # a worker has begun meanwhile; what it says is heard after this call
                 self.recorder.segments(stage.index, lo, _table(pieces, digests), data)
             elif self.recorder.keeps and isinstance(body, FileSlice):
@@ -228,9 +229,9 @@ class Leader:
             self.recorder.closed(stage.index, total)
         self.changed()
 
-    def _push(self, work: Work, head: bool = False) -> None:
+    def _push(self, work: Work, head: bool = False, early: int = -1) -> None:
         try:
-            self.site.push([work], head)
+            self.site.push([work], head, early)
         except DequeFull:
             self._overflow.append(work)
 
@@ -331,6 +332,8 @@ class Leader:
     ) -> int:
         """A peer finished tasks [lo, hi). Returns how many of them were new. Raises RefusedError."""
         stage = self.ledger.stage(index)
+        if peer != self.me:
+            self.site.crew.hear()  # the driver may act on it already: then it counts
         new = self.ledger.complete(index, function, lo, hi)
         tally = self.tallies.setdefault(peer, PeerTally())
         tally.executed += hi - lo
@@ -352,6 +355,8 @@ class Leader:
         if not deliver_first:
             self._deliver(stage, new, first, body)
         for a, b in new:
+            if peer != self.me:
+                self.site.crew.contest(index, a, b)
             self._settled(stage, a, b, elsewhere=peer != self.me, by=peer)
         tally.done += count
         self.changed()
@@ -404,6 +409,8 @@ class Leader:
     def fail(self, peer: PeerId, index: int, function: bytes, failure: wire.Failed, exception: bytes) -> None:
         """A task failed on a peer: run it again, or tell its producer. Raises RefusedError."""
         stage = self.ledger.stage(index)
+        if peer != self.me:
+            self.site.crew.hear()  # as in `complete`
         self.tallies.setdefault(peer, PeerTally()).executed += 1
         again = self.ledger.fail(index, function, failure.index, failure.kind)
         if again is None:
@@ -412,6 +419,8 @@ class Leader:
             self.site.stages[index].attempts[failure.index] = self.ledger.attempt(index, failure.index)
             self._push(Work(index, failure.index, failure.index + 1), head=True)
             return
+        if peer != self.me:
+            self.site.crew.contest(index, failure.index, failure.index + 1)
         self.recorder.failed(index, failure, exception, peer)
         self._owners[index].settle(stage, failure.index, failure.index + 1, Item(None, 0, failure, exception))
         self._settled(stage, failure.index, failure.index + 1, elsewhere=peer != self.me)

@@ -47,6 +47,7 @@ class Producer:
         self._unopened: dict[int, wire.Stage] = {}
         self._stages: dict[int, StageState] = {}
         self._numbers: dict[int, int] = {}
+        self._submitted: set[int] = set()  # a driver's stages whose calls are submitted one by one
         self._deliveries: dict[int, Delivery[Item]] = {}
         self._throttled: set[int] = set()
         self._result_bytes = 0
@@ -112,6 +113,8 @@ class Producer:
             self, function, message.name or function[2], message.ordered, options, parent, message.occurrence, first
         )
         self._stages[message.stage] = stage
+        if message.kind == wire.CALLS and not self._nested:
+            self._submitted.add(message.stage)
         self._numbers[stage.index] = message.stage
         self._deliveries[stage.index] = Delivery(message.ordered)
         return stage
@@ -128,7 +131,8 @@ class Producer:
         ]
         digests = self._leader.digests(message.lengths, body)
         stage = self._stage(message.stage, (pieces[0][0], digests[0]) if digests else None)
-        self._leader.add_page(stage, message.first, pieces, body, digests, -1 if self._nested else message.stage)
+        made_as = message.stage if message.stage in self._submitted else -1
+        self._leader.add_page(stage, message.first, pieces, body, digests, made_as)
         if message.final:
             self._leader.close_stage(stage, stage.declared)
         self._throttle(stage)

@@ -84,7 +84,7 @@ class SiteStage:
     held: dict[int, Held] = field(default_factory=dict)  # by first
     segments: SegmentTable = field(default_factory=SegmentTable)
     attempts: dict[int, int] = field(default_factory=dict)  # of tasks that failed before and wait here
-    early: int = -1  # the driver's number for it, while it seems to wait for one task alone
+    early: int = -1  # the driver's number for it, while it seems to wait for one task alone, which was never elsewhere
 
     def alike(self, at: int, hi: int) -> int:
         """Where the run of tasks from `at` on ends that are on the same attempt: a retried task runs alone."""
@@ -174,14 +174,16 @@ class Site:
             known.body, known.blob, known.holders = body, blob, holders
             known.ready = body is not None and not segment.refs
 
-    def push(self, works: list[Work], head: bool = False) -> None:
-        """Ranges to run. Raises DequeFull."""
+    def push(self, works: list[Work], head: bool = False, early: int = -1) -> None:
+        """Ranges to run; early: the driver's number for their stage, if their result may go to it at once. Raises DequeFull."""
         for work in reversed(works) if head else works:
+            self.stages[work.stage].early = early
             (self.deque.push_head if head else self.deque.push_tail)(work)
         self.workshop.pump()
 
     def put_back(self, work: Work) -> None:
         """Work that was here before is to run first."""
+        self.stages[work.stage].early = -1  # a thief may have run it meanwhile
         try:
             self.deque.push_head(work)
         except DequeFull:

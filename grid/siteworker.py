@@ -39,6 +39,7 @@ class Ticket:
     fn: int
     dropped: RangeSet | None = None  # of [lo, hi): settled elsewhere or cancelled, not to be run again
     file: SpoolFile | None = None  # it may still have to open this, whoever else is through with it
+    contested: bool = False  # another peer's word about its task counted
 
 
 class SiteWorker:
@@ -126,7 +127,7 @@ class SiteWorker:
         if stage.early >= 0 and ticket.hi - ticket.lo == 1 and not attempt and len(self.tickets) == 1 and self.child.takes_early:
             early, given_ns = stage.early, time.monotonic_ns()
             self.early = ticket
-            site.crew.early[self] = None
+            site.crew.early[self] = given_ns
         run = wire.Run(
             ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed, shared, early, given_ns
         )

@@ -29,6 +29,7 @@ import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from grid.api import wire
 from grid.api.cloud import ClassTable as ClassTable
 from grid.api.cloud import cloud_dumps, cloud_pickler, loading
 from grid.api.cloud import set_namespace as set_namespace
@@ -51,7 +52,7 @@ OUT_OF_BAND_BYTES = 64 << 10
 EXCEPTION_BYTES_MAX = 1 << 20
 """An exception that drags more along reaches the caller by its text alone: it travels in a frame."""
 
-ONE, MANY, CALL = 0, 1, 2
+ONE, MANY, CALL = 0, 1, wire.CALLS
 """What an item is: the only argument, a tuple of arguments, or (args, kwargs or None)."""
 
 SCALARS = frozenset({int, float, str, bytes, bool, complex, type(None)})

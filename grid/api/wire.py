@@ -36,6 +36,10 @@ PROGRESS = struct.Struct("<qq")
 """A worker's progress cell (shared memory): index of the running task or -1, its start in CLOCK_MONOTONIC ns."""
 
 
+CALLS = 2
+"""A stage's `kind`: calls that are submitted one by one."""
+
+
 class WireError(Exception):
     """The other end broke the frame format; the channel is unusable."""
 

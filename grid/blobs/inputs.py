@@ -92,7 +92,8 @@ class InputTree:
         wanted = {file.name: file}
         room = NEIGHBOURS_BYTES_MAX - file.size
         start = pack.positions[file.name]
-        waiting = sorted(map(pack.positions.__getitem__, self._waiting.pop(pack.blob, {})))
+        asked = self._waiting.get(pack.blob, {})
+        waiting = sorted(map(pack.positions.__getitem__, asked))
         for at in (*waiting, *range(start + 1, min(start + 1 + NEIGHBOURS_MAX, len(pack.files)))):
             other = pack.files[at]
             if other.name in self._done or other.name in wanted:
@@ -101,6 +102,8 @@ class InputTree:
             if room < 0 or len(wanted) > NEIGHBOURS_MAX:
                 break
             wanted[other.name] = other
+        for name in wanted:
+            asked.pop(name, None)
         return list(wanted.values())
 
     async def _extract(self, pack: Pack, path: Path, wanted: list[InputFile]) -> None:

@@ -21,6 +21,8 @@ from grid.worker import memory, progress
 
 RECEIVE_BYTES = 256 << 10
 """One read of a channel."""
+ARRIVED_READS_MAX = 16
+"""Of what arrived: several times what a child's socket holds."""
 _INPUT = bytearray(RECEIVE_BYTES)
 """Where all reads go, one after the other: a fresh buffer for each costs several times what a small frame does."""
 JOIN_BYTES_MAX = 64 << 10
@@ -192,8 +194,12 @@ class Child:
 
     def arrived(self) -> Iterator[tuple[Any, bytes]]:
         """The frames that the child has sent by now, without waiting; whoever iterates `frames` gets those that come later."""
-        if self._linger_until is None and self._socket.fileno() >= 0:
+        for _ in range(ARRIVED_READS_MAX):
+            if self._linger_until is not None or self._socket.fileno() < 0:
+                break
             self._receive()
+            if self._drained:
+                break
         while self._frames:
             yield self._next_frame()
 

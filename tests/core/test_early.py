@@ -12,9 +12,10 @@ import pytest
 import trio
 
 from grid.api import wire
+from grid.core.deque import Work
 from grid.leadjob import LeadJob, serve_driver
 from grid.producer import Producer
-from tests.core.fakes import FakeChild, result_bytes, settle
+from tests.core.fakes import FUNCTION, FakeChild, result_bytes, settle
 from tests.core.test_leader import World
 
 
@@ -25,7 +26,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         world = World(nursery, tmp_path, slots=1)
         world.place.processes.takes_early = True
         world.leader.early = True
-        world.open(7, ordered=False, retries=1)
+        world.producer.handle(wire.Define(0, "f"), FUNCTION)
+        world.producer.handle(wire.Stage(7, 0, "f", False, wire.Options(retries=1), kind=wire.CALLS), b"")
         yield world
         nursery.cancel_scope.cancel()
 
@@ -64,6 +66,37 @@ async def test_task_that_failed_before_may_not(world: World) -> None:
     assert [(run.early, run.attempt) for run in child.runs] == [(7, 0), (-1, 1)]
 
 
+async def test_maps_may_not(world: World) -> None:
+    world.producer.handle(wire.Stage(8, 0, "f", False), b"")
+    world.page(1, stage=8)
+    await settle()
+    assert [run.early for run in world.place.children[0].runs] == [-1]
+
+
+async def test_task_beside_another_stage_may_not(world: World) -> None:
+    world.producer.handle(wire.Stage(8, 0, "f", False, kind=wire.CALLS), b"")
+    child = await page(world, 1)
+    child.finish(child.runs[0])
+    await settle()
+    world.place.workshop.draining = True
+    world.page(1, stage=8)
+    world.place.workshop.draining = False
+    await page(world, 1)
+    child.finish(child.runs[1])
+    await settle()
+    assert [run.early for run in child.runs[1:] if run.stage == world.job_stage(7)] == [-1]
+
+
+async def test_task_that_was_elsewhere_meanwhile_may_not(world: World) -> None:
+    """Another peer may have run it, too, however young it is here."""
+    child = await page(world, 1)
+    child.die(-9)
+    await settle()
+    world.leader.run_again(Work(world.job_stage(7), 0, 1))
+    await settle()
+    assert {run.early for child in world.place.children[1:] for run in child.runs} == {-1}
+
+
 async def test_none_may_where_the_driver_does_not_listen(world: World) -> None:
     world.leader.early = False
     assert (await page(world, 1)).runs[0].early == -1
@@ -90,25 +123,53 @@ async def test_worker_that_died_is_not_heard_any_more(world: World) -> None:
     child = await page(world, 1)
     child.die(-9)
     await settle()
-    assert [worker.child for worker in world.place.site.crew.early] == world.place.children[1:]
+    assert not world.place.site.crew.early
 
 
 @pytest.mark.parametrize("early", [False, True])
 async def test_early_result_of_a_task_that_another_peer_settled_is_disputed(world: World, early: bool) -> None:
-    disputed: list[bool] = []
-    world.leader.on_disputed = lambda: disputed.append(True)
+    disputed = watch(world)
     child = await page(world, 1)
-    child.say(wire.Done(child.runs[0].ticket, 0, 1, 1, True, early=early), result_bytes(0, 1))
     world.done(0, 1, stage=world.job_stage(7))
+    child._said.append((wire.Done(child.runs[0].ticket, 0, 1, 1, True, early=early), result_bytes(0, 1)))  # it was on its way
+    world.place.site.crew.hear()
     await settle()
     assert disputed == [True] * early
     assert world.driver.results(7) == [(0, 1)]
 
 
+async def test_early_result_that_has_come_counts_before_another_peers(world: World) -> None:
+    disputed = watch(world)
+    child = await page(world, 1)
+    child._said.append((wire.Done(child.runs[0].ticket, 0, 1, 1, True, early=True), b"[4]"))
+    assert world.done(0, 1, stage=world.job_stage(7)) == 0
+    await settle()
+    assert disputed == []
+    assert world.driver.values(7) == {0: 4}
+
+
+async def test_early_result_of_a_task_that_the_script_cancelled_is_not_disputed(world: World) -> None:
+    """Had the script seen it, the peer would have heard of it before it heard that it is cancelled."""
+    disputed = watch(world)
+    child = await page(world, 1)
+    world.place.site.stages[world.job_stage(7)].pace.record(1000, 0.001)  # short: its worker is not ended
+    world.producer.handle(wire.Cancel(7, 0, 1, "cancelled by the script"), b"")
+    child.say(wire.Done(child.runs[0].ticket, 0, 1, 1, True, early=True), result_bytes(0, 1))
+    await settle()
+    assert disputed == []
+    assert world.driver.results(7) == []
+
+
+def watch(world: World) -> list[bool]:
+    disputed: list[bool] = []
+    world.leader.on_disputed = lambda: disputed.append(True)
+    return disputed
+
+
 async def test_peer_stays_awake_for_a_trivial_task_and_no_longer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     crew = world.place.site.crew
     child = await page(world, 1)
-    monkeypatch.setattr("grid.crew.AWAKE_S", 60.0)
+    monkeypatch.setattr("grid.crew.AWAKE_NS", 60 * 10**9)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(crew.stay_awake)
@@ -116,9 +177,12 @@ async def test_peer_stays_awake_for_a_trivial_task_and_no_longer(world: World, m
     assert world.driver.results(7) == [(0, 1)]
 
     await page(world, 1)
-    monkeypatch.setattr("grid.crew.AWAKE_S", 0.001)
+    monkeypatch.setattr("grid.crew.AWAKE_NS", 1_000_000)
     await crew.stay_awake()
     assert crew.early
+    monkeypatch.setattr("grid.crew.AWAKE_NS", 0)  # frames that come while a long task runs
+    with trio.fail_after(0):
+        await crew.stay_awake()
 
 
 class Ears:

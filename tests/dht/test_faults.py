@@ -365,7 +365,7 @@ def test_a_full_bucket_keeps_its_head_and_names_it() -> None:
     assert waiting.id in full.nodes
 
 
-async def test_one_miss_does_not_evict_two_do(autojump_clock: MockClock) -> None:
+async def test_two_misses_do_not_evict_three_do(autojump_clock: MockClock) -> None:
     async with trio.open_nursery() as nursery:
         grid = memory_grid(nursery)
         await grid.start_all(2)
@@ -378,7 +378,8 @@ async def test_one_miss_does_not_evict_two_do(autojump_clock: MockClock) -> None
         assert protocol.router.get(known) is not None
         await trio.sleep(2)  # asked again, and it lives
         assert not protocol.is_missing(known)
-        for _ in range(2):
+        for _ in range(3):
+            assert protocol.router.get(known) is not None
             await trio.sleep(0.01)
             protocol.missed(known, trio.current_time())
         assert protocol.router.get(known) is None

@@ -152,3 +152,17 @@ async def test_argument_of_200_megabytes(tasks: Tasks, tmp_path: object) -> None
     assert tasks.results == {0: 200 << 20}
     await tasks.finish(await tasks.start(["y"], first=1))
     await poll(lambda: tasks.child.rss_bytes() < 60 << 20)  # it did not keep it
+
+
+def test_arrived_takes_more_than_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "RECEIVE_BYTES", 1000)
+    monkeypatch.setattr(process, "_INPUT", bytearray(1000))
+    ours, theirs = socket.socketpair()
+    child = Child("worker", ours, None)
+    body = bytes(900)
+    with theirs:
+        for _ in range(6):
+            theirs.sendall(wire.encode(wire.Print(0, 0, 1), len(body)) + body)
+        theirs.sendall(wire.encode(wire.Done(1, 0, 1, 1, True)))
+        assert [type(message) for message, _ in child.arrived()] == [wire.Print] * 6 + [wire.Done]
+    child._socket.close()
