@@ -1,6 +1,6 @@
 """The embedded grid: what `python job.py` runs on. One machine, no network, gone with the script.
 
-Started by `grid.api.connect` as `python -P -m grid.embedded --fd N`; the protocol is described there. Rules: it imports
+Started by `grid.api.connect` as `python -P -m grid.embedded --fd N --early N`; the protocol is described there. Rules: it imports
 neither the DHT nor the transport; its files lie in one temporary folder, removed at the end; it ends when its socket does.
 The options of the script's header that say how tasks run hold here, too; tags don't choose among one machine.
 """
@@ -60,14 +60,14 @@ class EveryTag(frozenset[str]):
         return True
 
 
-async def run(connection: socket.socket, origin: dict[str, Any]) -> None:
+async def run(connection: socket.socket, early: socket.socket, origin: dict[str, Any]) -> None:
     """Serve one driver until it goes. Raises PackError: the script's header is wrong."""
     options = _header_options(origin["script"])
     folder = Path(tempfile.mkdtemp(prefix="grid-"))
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, nursery.cancel_scope)
-            await _serve(connection, origin, options, folder, nursery)
+            await _serve(connection, early, origin, options, folder, nursery)
             nursery.cancel_scope.cancel()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +87,12 @@ def _header_options(script: str) -> dict[str, Any]:
 
 
 async def _serve(
-    connection: socket.socket, origin: dict[str, Any], options: dict[str, Any], folder: Path, nursery: trio.Nursery
+    connection: socket.socket,
+    early: socket.socket,
+    origin: dict[str, Any],
+    options: dict[str, Any],
+    folder: Path,
+    nursery: trio.Nursery,
 ) -> None:
     job = JobId(secrets.token_bytes(32))
     store = BlobStore(folder / "blobs", int(shutil.disk_usage(folder).free * STORE_SHARE))
@@ -117,9 +122,11 @@ async def _serve(
         memory_bytes=options.get("memory", 0),
     )
     leader = Leader(job, PeerId(bytes(20)), defaults, spool, _print)
+    leader.early = True
     driver = Child("driver", connection, None)
     nursery.start_soon(driver.write)
-    processes = await pool.open_job(setup=setup, environment=Environment.caller(sys.executable, origin["path"], sys.prefix))
+    environment = Environment.caller(sys.executable, origin["path"], sys.prefix)
+    processes = await pool.open_job(setup=setup, environment=environment, early=early)
 
     async def fetch(stage: SiteStage, held: Held) -> None:
         await fetch_segment(data, stage, held)
@@ -165,11 +172,12 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--early", type=int, required=True)
     arguments = parser.parse_args()
     origin = json.load(sys.stdin)
-    connection = socket.socket(fileno=arguments.fd)
+    connection, early = socket.socket(fileno=arguments.fd), socket.socket(fileno=arguments.early)
     try:
-        trio.run(run, connection, origin)
+        trio.run(run, connection, early, origin)
     except KeyboardInterrupt:
         pass
     except PackError as error:

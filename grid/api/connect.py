@@ -43,7 +43,8 @@ def start_embedded() -> Session:
     """Start a one-machine grid and become its driver. Raises GridError. Called under session's lock."""
     global _process
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-P", "-m", "grid.embedded", "--fd", str(theirs.fileno())]
+    early, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    command = [sys.executable, "-P", "-m", "grid.embedded", "--fd", str(theirs.fileno()), "--early", str(workers.fileno())]
     environment = dict(os.environ)
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     inherited = environment.get("PYTHONPATH")
@@ -53,15 +54,17 @@ def start_embedded() -> Session:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), workers.fileno()],
             env=environment,
             process_group=0,
         )
     except OSError as error:
         ours.close()
+        early.close()
         raise GridError(f"the embedded grid can't be started with {sys.executable!r}: {error.strerror}") from error
     finally:
         theirs.close()
+        workers.close()
     assert _process.stdin is not None
     with contextlib.suppress(OSError), _process.stdin as pipe:
         pipe.write(json.dumps(_origin()).encode())
@@ -69,11 +72,14 @@ def start_embedded() -> Session:
     setup = _greet(channel, START_S)
     if setup is None:
         channel.close()
+        early.close()
         status = _stop(_process)
         _process = None
         advice = "stderr says why" if status == EXIT_HEADER else "look with: grid doctor"
         raise GridError(f"the embedded grid did not start (exit status {status}): {advice}")
-    return _attached(channel, setup)
+    session = _attached(channel, setup)
+    session.early = early
+    return session
 
 
 def _origin() -> dict[str, Any]:

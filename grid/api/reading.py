@@ -221,7 +221,7 @@ class Reading:
             self._open = False
             if there:
                 self._take_one()
-            elif self._session.early is not None:
+            else:
                 self._session.take_early()
         return True
 

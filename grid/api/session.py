@@ -164,11 +164,12 @@ class Session:
 
         The peer, which sends it too, has had it before: what this process says next, the peer hears after it.
         """
-        assert self.early is not None
+        if (early := self.early) is None:
+            return
         try:
-            data = self.early.recv(wire.EARLY.size + wire.EARLY_BYTES_MAX, socket.MSG_DONTWAIT)
+            data = early.recv(wire.EARLY.size + wire.EARLY_BYTES_MAX, socket.MSG_DONTWAIT)
             number, index = wire.EARLY.unpack_from(data)
-        except (BlockingIOError, struct.error):
+        except (OSError, struct.error):  # nothing is there, or another thread closes this session
             return
         stage = self._stages.get(number)
         if stage is None or len(self._stages) > EARLY_STAGES_MAX:
@@ -445,6 +446,9 @@ class Session:
         """Close the channel."""
         self.closing = True
         self.channel.close()
+        early, self.early = self.early, None
+        if early is not None:
+            early.close()
 
 
 def function_name(function: Callable[..., Any]) -> str:

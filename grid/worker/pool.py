@@ -81,14 +81,18 @@ class WorkerPool:
         memory_bytes_max: int | None = None,
         sandbox: Sandbox | None = None,
         binds: Sequence[Bind] = (),
+        early: socket.socket | None = None,
     ) -> JobProcesses:
         """Return a place for one job's processes, with its fork server started. Raises WorkerStartError.
 
         `setup` is what its workers get. No `environment`: the bare standard library. `memory_bytes_max`: a worker's.
+        `early`: the workers' end of a datagram socket to a driver that is not one of these processes; it is theirs from now on.
         """
         if self._nursery is None:
             raise WorkerStartError("the pool does not run")
-        job = JobProcesses(self, setup, environment or Environment.bare(), memory_bytes_max or 0, sandbox or NoSandbox(), binds)
+        ends = (early,) if early is not None else socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        environment, sandbox = environment or Environment.bare(), sandbox or NoSandbox()
+        job = JobProcesses(self, setup, environment, memory_bytes_max or 0, sandbox, binds, ends)
         self._jobs.add(job)
         try:
             await self._nursery.start(job.run)
@@ -178,13 +182,14 @@ class JobProcesses:
         memory_bytes_max: int,
         sandbox: Sandbox,
         binds: Sequence[Bind],
+        early: tuple[socket.socket, ...],
     ) -> None:
         self.environment = environment
         self.children: list[Child] = []
         """Those that live."""
         self._opened: list[Child] = []
-        self._early = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        """From the workers to the driver: results that it need not wait for the peer to pass on."""
+        self._early = early
+        """The workers' end and, unless it is elsewhere, the driver's: of results it need not wait for the peer to pass on."""
         self._pool = pool
         self._setup = setup
         self._memory_bytes_max = memory_bytes_max

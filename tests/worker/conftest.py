@@ -33,6 +33,7 @@ class Tasks:
         self.prints: list[tuple[int, int, int, bytes]] = []
         self.frames: list[Any] = []
         self._tickets = 0
+        self._reported: dict[int, int] = {}  # where what is reported of a ticket ends
 
     async def define(self, function: Callable[..., Any], fn: int = 0) -> None:
         """Send a function."""
@@ -69,8 +70,16 @@ class Tasks:
         raise AssertionError(f"the worker ended: status {self.child.status}, {self.prints}")
 
     async def finish(self, ticket: int) -> None:
-        """Take frames until the ticket is answered."""
-        await self.until(lambda message, _: getattr(message, "final", False) and message.ticket == ticket)
+        """Take frames until the ticket is answered: by a final frame, or by the return of all that was not reported."""
+
+        def ends(message: Any, _: Any) -> bool:
+            if getattr(message, "ticket", None) != ticket:
+                return False
+            if isinstance(message, wire.Returned):
+                return message.lo == self._reported.get(ticket)
+            return bool(getattr(message, "final", False))
+
+        await self.until(ends)
 
     async def run(self, function: Callable[..., Any], items: Sequence[Any], **options: Any) -> dict[int, Any]:
         """Define, start, finish; return the results by index."""
@@ -87,6 +96,8 @@ class Tasks:
 
     def _take(self, message: Any, body: bytes) -> None:
         self.frames.append(message)
+        if isinstance(message, wire.Done | wire.Failed):
+            self._reported[message.ticket] = message.hi if isinstance(message, wire.Done) else message.index + 1
         if isinstance(message, wire.Done):
             data = Path(message.path).read_bytes() if message.path else body
             values = serialize.load_results(data)
