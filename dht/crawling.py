@@ -70,7 +70,11 @@ class Crawl(SpiderCrawl):  # type: ignore[misc]
                     await self._wait()
         for contact in self._slow.values():
             self.protocol.suspect_if_known(contact)
-        return sorted(self.answered.values(), key=self.node.distance_to)[: self.want]
+        return self.in_order()[: self.want]
+
+    def in_order(self) -> list[Contact]:
+        """All that answered, nearest first."""
+        return sorted(self.answered.values(), key=self.node.distance_to)
 
     def _candidates(self) -> list[Contact]:
         """The nearest contacts not known to be dead or slow."""

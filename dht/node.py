@@ -269,7 +269,7 @@ class Node:
         protocol, target = self._protocol, Target(record.key)
         crawl = Crawl(protocol, target, protocol.router.find_neighbors(target), REPLICAS)
         await crawl.find()
-        candidates = iter(sorted(crawl.answered.values(), key=target.distance_to))
+        candidates = iter(crawl.in_order())
         acknowledged = 0
 
         async def store() -> None:

@@ -39,8 +39,8 @@ class Crew:
 
     def __init__(self, site: Site, processes: JobProcesses, nursery: trio.Nursery, requests: Requests) -> None:
         self.workers: list[SiteWorker] = []
-        self.early: dict[SiteWorker, int] = {}
-        """Those whose result may reach the driver before us, and when they got the task (CLOCK_MONOTONIC, nanoseconds)."""
+        self.early: dict[SiteWorker, Ticket] = {}
+        """Those whose result may reach the driver before us, and what they work on."""
         self.starting = 0
         self.executed = 0
         self.idle_since_s = trio.current_time()
@@ -73,15 +73,14 @@ class Crew:
 
         To wake a process that sleeps costs whoever sends to it as much as a trivial task.
         """
-        until_ns = max(self.early.values(), default=0) + AWAKE_NS
+        until_ns = max((ticket.given_ns for ticket in self.early.values()), default=0) + AWAKE_NS
         while self.early and time.monotonic_ns() < until_ns:
             await trio.lowlevel.checkpoint()
 
     def contest(self, stage: int, lo: int, hi: int) -> None:
         """Another peer's word about these tasks counted."""
-        for worker in self.early:
-            ticket = worker.early
-            if ticket is not None and ticket.stage == stage and lo <= ticket.lo < hi:
+        for ticket in self.early.values():
+            if ticket.stage == stage and lo <= ticket.lo < hi:
                 ticket.contested = True
 
     async def _run_worker(self) -> None:
@@ -153,7 +152,7 @@ class Crew:
         if body is None:
             return
         if message.early and ticket.contested:
-            self._site.uplink.disputed(ticket.stage, message.lo)
+            self._site.uplink.disputed()
         self._progress(worker, ticket, message.hi, message.elapsed_us, message.final)
         self._site.uplink.result(ticket.stage, message.lo, message.hi, body, message.elapsed_us)
         if message.final:
@@ -193,9 +192,8 @@ class Crew:
         self.executed += count
         self._start_failures = 0
         ticket.at = at
-        if worker.early is ticket:
-            worker.early = None
-            self.early.pop(worker, None)
+        if self.early.get(worker) is ticket:
+            del self.early[worker]
         if final:
             worker.close(ticket)
         self.idle_since_s = trio.current_time()

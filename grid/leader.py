@@ -274,7 +274,7 @@ class Leader:
         """See `Uplink.relay_closed`."""
         self.close_child(worker)
 
-    def disputed(self, stage: int, index: int) -> None:
+    def disputed(self) -> None:
         """See `Uplink.disputed`."""
         self.on_disputed()
 

@@ -489,8 +489,7 @@ async def serve_driver(driver: Child, leader: Leader, place: JobPlace, nursery: 
     producer = Producer(leader, post_frame, nested=False)
     try:
         async for message, data in driver.frames:
-            if place.site.crew.early:
-                place.site.crew.hear()
+            place.site.crew.hear()
             match message:
                 case wire.Put() | wire.Fetch() | wire.OpenInput() | wire.ListInputs():
                     nursery.start_soon(place.data.serve, post, message, data)

@@ -300,7 +300,7 @@ class Remote:
         """See `Uplink.relay_closed`."""
         self._post.post(self.leader, RelayClosed(self.job, worker.token))
 
-    def disputed(self, stage: int, index: int) -> None:
+    def disputed(self) -> None:
         """See `Uplink.disputed`: the driver is not here."""
 
     def returned(self, stage: int, lo: int, hi: int) -> None:

@@ -52,7 +52,7 @@ class Uplink(Protocol):
     def relay_closed(self, worker: SiteWorker) -> None:
         """The worker with stages of its own is gone."""
 
-    def disputed(self, stage: int, index: int) -> None:
+    def disputed(self) -> None:
         """The driver may have had a result from a worker here that was settled by another peer's."""
 
     def returned(self, stage: int, lo: int, hi: int) -> None:

@@ -39,6 +39,7 @@ class Ticket:
     fn: int
     dropped: RangeSet | None = None  # of [lo, hi): settled elsewhere or cancelled, not to be run again
     file: SpoolFile | None = None  # it may still have to open this, whoever else is through with it
+    given_ns: int = 0  # CLOCK_MONOTONIC when it was given, where its result may reach the driver before us
     contested: bool = False  # another peer's word about its task counted
 
 
@@ -55,8 +56,6 @@ class SiteWorker:
         self.cpus = 1
         self.lent: dict[int, SharedFile] = {}
         """Shared memory that it maps, by ticket."""
-        self.early: Ticket | None = None
-        """Its result may reach the driver before us."""
         self._prepared = False
         self._functions: set[int] = set()
 
@@ -123,15 +122,18 @@ class SiteWorker:
             path, data = _in_parts(held, body, ticket, site)
         first, attempt = held.segment.first, stage.attempts.get(ticket.lo, 0)
         timed = bool(stage.options.task_timeout_s)
-        early, given_ns = -1, 0
-        if stage.early >= 0 and ticket.hi - ticket.lo == 1 and not attempt and len(self.tickets) == 1 and self.child.takes_early:
-            early, given_ns = stage.early, time.monotonic_ns()
-            self.early = ticket
-            site.crew.early[self] = given_ns
-        run = wire.Run(
-            ticket.number, ticket.stage, ticket.fn, first, ticket.lo, ticket.hi, attempt, path, timed, shared, early, given_ns
-        )
+        early = -1 if attempt else self._early(ticket, stage, site)
+        lo, hi, given_ns = ticket.lo, ticket.hi, ticket.given_ns
+        run = wire.Run(ticket.number, ticket.stage, ticket.fn, first, lo, hi, attempt, path, timed, shared, early, given_ns)
         self.post(run, data)
+
+    def _early(self, ticket: Ticket, stage: SiteStage, site: Site) -> int:
+        """The driver's number for the stage, if the ticket's result may go to the driver, too; else -1."""
+        if stage.early < 0 or ticket.hi - ticket.lo > 1 or len(self.tickets) > 1 or not self.child.takes_early:
+            return -1
+        ticket.given_ns = time.monotonic_ns()
+        site.crew.early[self] = ticket
+        return stage.early
 
     def close(self, ticket: Ticket) -> None:
         """It is answered, or this worker is gone."""

@@ -68,9 +68,9 @@ class Workshop:
             tell()
 
     def _share(self) -> None:
-        waiting = [site for site in self.sites if site.deque]
-        if self.draining or not waiting:
+        if self.draining:
             return
+        waiting = [site for site in self.sites if site.deque]
         free = self.free
         while free > 0 and waiting:
             site = min(waiting, key=lambda s: (s.busy, self._turns.get(s, 0)))

@@ -168,7 +168,7 @@ class FakeUplink:
     def relay_closed(self, worker: SiteWorker) -> None:
         self.closed.append(worker)
 
-    def disputed(self, stage: int, index: int) -> None:
+    def disputed(self) -> None:
         raise AssertionError("no result of these tests is early")
 
     def returned(self, stage: int, lo: int, hi: int) -> None:
